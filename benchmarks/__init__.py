@@ -1,0 +1,1 @@
+"""Measures Hythe beside its peers; `make bench`."""

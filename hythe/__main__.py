@@ -1,0 +1,5 @@
+"""`python -m hythe`."""
+
+from hythe.cli import main
+
+main()

@@ -1,0 +1,155 @@
+"""`hythe`: serve a registry, look into one.
+
+Exit codes: 0 done, 1 it could not be done (the reason is on standard error), 2 the command was mistyped.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
+
+import click
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+_config_option = click.option(
+    "--config",
+    "config_path",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Configuration file (TOML); config.example.toml names every key.",
+)
+_server_option = click.option(
+    "--server",
+    default="http://127.0.0.1:5000",
+    show_default=True,
+    envvar="HYTHE_SERVER",
+    help="Address of the registry.",
+)
+_json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+
+
+def _says_why(command: Callable[P, T]) -> Callable[P, T]:
+    """Turn an error that a person can mend into its message and exit code 1."""
+
+    @wraps(command)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> T:
+        from hythe.client import ServerError
+        from registry.errors import ConfigurationError
+
+        try:
+            return command(*args, **kwargs)
+        except (ConfigurationError, ServerError) as error:
+            click.echo(f"hythe: {error}", err=True)
+            sys.exit(1)
+
+    return wrapped
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="hythe")
+def main() -> None:
+    """A registry for container images."""
+
+
+@main.command()
+@_config_option
+@click.option("--listen", metavar="HOST:PORT", help="Address to listen on.  [default: 127.0.0.1:5000]")
+@click.option("--data", metavar="DIR", help="Directory for blobs and database.  [default: ./data]")
+@click.option("--workers", metavar="N", help="Processes that serve.  [default: 1]")
+@_says_why
+def serve(config_path: Path | None, listen: str | None, data: str | None, workers: str | None) -> None:
+    """Serve a registry, until SIGTERM: then requests in flight finish and it exits with 0."""
+    from registry.config import load
+    from registry.server import serve as serve_registry
+
+    overrides = {}
+    if listen:
+        overrides["server.listen"] = listen
+    if workers:
+        overrides["server.workers"] = workers
+    if data:
+        overrides["storage.filesystem.root"] = data
+        overrides["database.url"] = f"sqlite:///{Path(data) / 'hythe.db'}"
+    settings = load(config_path, os.environ, overrides)
+    sys.exit(serve_registry(settings, _announce))
+
+
+def _announce(address: str) -> None:
+    click.echo(
+        f"Hythe listens on http://{address}  (push: docker tag IMAGE {address}/IMAGE && docker push {address}/IMAGE)"
+    )
+
+
+@main.group()
+def config() -> None:
+    """Work with the configuration."""
+
+
+@config.command()
+@_config_option
+@_says_why
+def check(config_path: Path | None) -> None:
+    """Say whether the configuration can be used: file, environment and defaults together."""
+    from registry.config import load
+
+    load(config_path, os.environ)
+    click.echo("the configuration is good")
+
+
+@main.command()
+@click.argument("path", default="")
+@click.option("-r", "--recursive", is_flag=True, help="The whole tree below PATH.")
+@_server_option
+@_json_option
+@_says_why
+def ls(path: str, *, recursive: bool, server: str, as_json: bool) -> None:
+    """List what lies below PATH in the tree of repositories."""
+    from hythe.browse import list_repositories
+
+    _print(list_repositories(server, path, recursive=recursive), as_json)
+
+
+@main.command()
+@click.argument("repository")
+@_server_option
+@_json_option
+@_says_why
+def tags(repository: str, server: str, *, as_json: bool) -> None:
+    """List the tags of REPOSITORY: digest, size, platforms, when."""
+    from hythe.browse import list_tags
+
+    _print(list_tags(server, repository), as_json)
+
+
+@main.command()
+@click.argument("reference", metavar="REF")
+@_server_option
+@_json_option
+@_says_why
+def inspect(reference: str, server: str, *, as_json: bool) -> None:
+    """Show what REF (REPOSITORY[:TAG] or REPOSITORY@DIGEST) is made of."""
+    from hythe.browse import inspect_manifest
+
+    _print(inspect_manifest(server, reference), as_json)
+
+
+@main.command()
+@click.argument("reference", metavar="REF")
+@_server_option
+@_json_option
+@_says_why
+def rm(reference: str, server: str, *, as_json: bool) -> None:
+    """Remove REF: REPOSITORY:TAG removes the tag, REPOSITORY@DIGEST the manifest and all its tags."""
+    from hythe.browse import remove_manifest
+
+    _print(remove_manifest(server, reference), as_json)
+
+
+def _print(result: Any, as_json: bool) -> None:
+    click.echo(json.dumps(result.data, indent=2) if as_json else result.text, nl=bool(as_json or result.text))

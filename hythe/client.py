@@ -1,0 +1,69 @@
+"""Asks a registry's `/api/v1/`."""
+
+from __future__ import annotations
+
+import json
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from typing import Any, Final
+from urllib.parse import urlencode, urlsplit
+
+_PATIENCE: Final = 30.0
+
+
+class ServerError(Exception):
+    """The registry said no, or nothing; the message is for a person."""
+
+
+def ask(server: str, method: str, endpoint: str, /, **parameters: str) -> Any:
+    """Return the JSON answer to a request.
+
+    Args:
+        server: `http://HOST:PORT`, the scheme may be left out.
+        method: of HTTP.
+        endpoint: below `/api/v1/`.
+        parameters: for the query; empty ones are left out.
+
+    Raises:
+        ServerError: no answer, or an error.
+    """
+    query = urlencode({name: value for name, value in parameters.items() if value})
+    url = f"{_base(server)}/api/v1/{endpoint}" + (f"?{query}" if query else "")
+    request = urllib.request.Request(url, method=method)  # noqa: S310 - the scheme was checked
+    try:
+        with urllib.request.urlopen(request, timeout=_PATIENCE) as response:  # noqa: S310
+            return json.load(response)
+    except urllib.error.HTTPError as error:
+        raise ServerError(_message(error)) from None
+    except (OSError, json.JSONDecodeError) as error:
+        reason = getattr(error, "reason", error)
+        raise ServerError(
+            f"no registry answers at {server}: {reason} (start one with: hythe serve; name another with --server)"
+        ) from None
+
+
+def pages(server: str, endpoint: str, field: str, /, **parameters: str) -> Iterator[Any]:
+    """Yield the entries of a listing, page after page."""
+    last = ""
+    while True:
+        page = ask(server, "GET", endpoint, last=last, **parameters)
+        yield from page[field]
+        last = page["next"]
+        if not last:
+            return
+
+
+def _base(server: str) -> str:
+    url = server if "://" in server else f"http://{server}"
+    if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).netloc:
+        raise ServerError(f"--server must look like http://HOST:PORT, got {server!r}")
+    return url.rstrip("/")
+
+
+def _message(error: urllib.error.HTTPError) -> str:
+    try:
+        answer = json.load(error)
+        return "; ".join(entry["message"] for entry in answer["errors"])
+    except (ValueError, KeyError, TypeError):
+        return f"the registry answered {error.code} {error.reason}"

@@ -1,0 +1,159 @@
+"""The composition root: the one place where the registry is put together."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from aiohttp import web
+
+from registry.access import OpenAccess, Right
+from registry.blobs import Blobs
+from registry.browse import Browse
+from registry.config import Settings
+from registry.contents import Contents
+from registry.dispatch import Dispatcher, Table
+from registry.health import Health
+from registry.listings import Listings
+from registry.logs import AccessLog, is_json
+from registry.manifests import Manifests
+from registry.metadata.engine import Database
+from registry.metrics import Metrics
+from registry.middleware import Observer
+from registry.referrers import Referrers
+from registry.routes import Endpoint
+from registry.sweeper import Sweeper
+from registry.transfer import Receiver, Sender
+from registry.uploads import Uploads
+from storage.base import Store
+from storage.filesystem import FilesystemStore
+
+
+@dataclass(frozen=True, slots=True)
+class Process:
+    """What one process of a server is, beside its settings.
+
+    Attributes:
+        alone: no other process writes to the database.
+        is_first: it also does what one process must do for all: sweeping.
+        recover: the last run did not end well; look for what it left.
+        shared: a directory for what the processes tell each other.
+    """
+
+    alone: bool = True
+    is_first: bool = True
+    recover: bool = False
+    shared: Path | None = None
+
+
+def open_store(settings: Settings) -> Store:
+    """Return the store that the settings name."""
+    files = settings.storage.filesystem
+    return FilesystemStore(Path(files.root), sync=files.sync)
+
+
+def build(settings: Settings, *, process: Process | None = None, store: Store | None = None) -> web.Application:
+    """Return the registry as an application.
+
+    Args:
+        settings: its configuration; the database must have been migrated.
+        process: which process of the server this is; the only one where absent.
+        store: another store than the settings name, for tests.
+    """
+    process = process or Process()
+    store = store or open_store(settings)
+    database = Database(settings.database.url, sync=settings.database.sync)
+    contents = Contents(database, settings.cache.bytes, alone=process.alone)
+    access = OpenAccess()
+    receiver = Receiver(settings.uploads.concurrent, settings.uploads.buffer_bytes, settings.uploads.stall_seconds)
+    sender = Sender(16, settings.uploads.stall_seconds)
+    metrics = Metrics(process.shared)
+    access_log = AccessLog(as_json=is_json(settings.log)) if settings.log.access else None
+    sweeper = Sweeper(store, database, settings.uploads.idle_seconds, settings.uploads.sweep_seconds)
+
+    table = _table(
+        settings,
+        Blobs(store, contents, sender),
+        Uploads(store, database, receiver, access),
+        Manifests(store, contents, receiver, settings.registry),
+        Listings(database, access),
+        Referrers(database, contents),
+    )
+    observer = Observer(metrics, access_log)
+    app = web.Application(middlewares=[observer.middleware()])
+    app.router.add_route("*", "/v2/{path:.*}", Dispatcher(table, access), expect_handler=_uninvited)
+    app.router.add_get("/v2", _to_base)
+    app.router.add_routes(Browse(database, contents, access, delete=settings.registry.delete).routes())
+    app.router.add_routes(Health(database, store, metrics).routes())
+
+    async def life(_: web.Application) -> AsyncIterator[None]:
+        await sweeper.start(first=process.is_first, recover=process.recover)
+        ticking = asyncio.create_task(_tick(metrics, access_log))
+        yield
+        ticking.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await ticking
+        await sweeper.stop()
+        await sender.close()
+        await database.close()
+        contents.close()
+        await store.close()
+        if access_log:
+            access_log.close()
+
+    app.cleanup_ctx.append(life)
+    return app
+
+
+def _table(
+    settings: Settings,
+    blobs: Blobs,
+    uploads: Uploads,
+    manifests: Manifests,
+    listings: Listings,
+    referrers: Referrers,
+) -> Table:
+    table: Table = {
+        Endpoint.BASE: {"GET": (listings.check, Right.PULL), "HEAD": (listings.check, Right.PULL)},
+        Endpoint.CATALOG: {"GET": (listings.catalog, Right.PULL)},
+        Endpoint.DISCOVER: {"GET": (listings.discover, Right.PULL)},
+        Endpoint.TAGS: {"GET": (listings.tags, Right.PULL)},
+        Endpoint.REFERRERS: {"GET": (referrers.find, Right.PULL)},
+        Endpoint.MANIFEST: {
+            "GET": (manifests.get, Right.PULL),
+            "HEAD": (manifests.head, Right.PULL),
+            "PUT": (manifests.put, Right.PUSH),
+        },
+        Endpoint.BLOB: {"GET": (blobs.get, Right.PULL), "HEAD": (blobs.head, Right.PULL)},
+        Endpoint.UPLOADS: {"POST": (uploads.start, Right.PUSH)},
+        Endpoint.UPLOAD: {
+            "GET": (uploads.status, Right.PUSH),
+            "PATCH": (uploads.append, Right.PUSH),
+            "PUT": (uploads.finish, Right.PUSH),
+            "DELETE": (uploads.cancel, Right.PUSH),
+        },
+    }
+    if settings.registry.delete:
+        table[Endpoint.MANIFEST]["DELETE"] = (manifests.delete, Right.DELETE)
+        table[Endpoint.BLOB]["DELETE"] = (blobs.delete, Right.DELETE)
+    return table
+
+
+async def _uninvited(_: web.Request) -> None:
+    """Invite no body yet: whoever reads it does so, when nothing stands against it."""
+
+
+async def _to_base(_: web.Request) -> web.StreamResponse:
+    return web.Response(status=301, headers={"Location": "/v2/"})
+
+
+async def _tick(metrics: Metrics, access_log: AccessLog | None) -> None:
+    """Write what was logged, and tell the other processes what was counted, twice a second."""
+    while True:
+        await asyncio.sleep(0.5)
+        if access_log:
+            access_log.flush()
+        await asyncio.to_thread(metrics.share)

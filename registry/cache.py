@@ -1,0 +1,96 @@
+"""Look-ups answered from memory, as long as nothing was written.
+
+What a repository holds under a reference may change with any write. So entries are good for one epoch: a number
+that changes whenever somebody wrote. In a single process that is a counter beside the writer; with several
+processes on one SQLite file it is `PRAGMA data_version`. A value is read under an epoch and kept only if that epoch
+still holds, so an answer from here is never older than the last write that was acknowledged.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from pathlib import Path
+from typing import Generic, TypeVar
+
+V = TypeVar("V")
+
+
+class Cache(Generic[V]):
+    """The least recently used go first when `limit` bytes are full."""
+
+    def __init__(self, limit: int, epoch: Callable[[], int], size: Callable[[V], int]) -> None:
+        """Keep up to `limit` bytes.
+
+        Args:
+            limit: in bytes; 0 keeps nothing.
+            epoch: returns the current epoch; called for each look-up, so it must be cheap and must not block.
+            size: returns what a value takes, in bytes.
+        """
+        self.epoch = epoch
+        self._limit = limit
+        self._size = size
+        self._seen = epoch()
+        self._entries: OrderedDict[Hashable, V] = OrderedDict()
+        self._used = 0
+
+    def get(self, key: Hashable) -> V | None:
+        """Return what is known under `key` now."""
+        if self.epoch() != self._seen:
+            self._forget()
+            return None
+        value = self._entries.get(key)
+        if value is not None:
+            self._entries.move_to_end(key)
+        return value
+
+    def put(self, key: Hashable, value: V, epoch: int) -> None:
+        """Keep what was read after `epoch` was looked at."""
+        if epoch != self.epoch():
+            return
+        if epoch != self._seen:
+            self._forget()
+        if key in self._entries:
+            return
+        self._entries[key] = value
+        self._used += self._size(value)
+        while self._used > self._limit:
+            _, dropped = self._entries.popitem(last=False)
+            self._used -= self._size(dropped)
+
+    def _forget(self) -> None:
+        self._seen = self.epoch()
+        self._entries.clear()
+        self._used = 0
+
+
+class WriteCounter:
+    """The epoch of a process that is alone with its database."""
+
+    def __init__(self) -> None:
+        self.value = 0
+
+    def __call__(self) -> int:
+        return self.value
+
+
+class DataVersion:
+    """The epoch of a SQLite file that several processes write.
+
+    [SQLite: PRAGMA data_version] changes when any other connection commits, this process's writer included. It
+    reads shared memory only: about two microseconds.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+        # The first read opens the log; after it nothing here touches the disk.
+        self._connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
+
+    def __call__(self) -> int:
+        row: tuple[int] = self._connection.execute("PRAGMA data_version").fetchone()
+        return row[0]
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._connection.close()

@@ -1,0 +1,211 @@
+"""Settings: frozen, read once, passed down.
+
+A file in TOML, over it environment variables: `HYTHE_SERVER__LISTEN` is `[server] listen`. Unknown keys and wrong
+types are refused with the key's path. `config.example.toml` names every key with its default; a test holds it.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal
+
+import msgspec
+from msgspec import Meta, Struct, structs
+
+from registry.errors import ConfigurationError
+
+_Positive = Annotated[int, Meta(ge=1)]
+_Bytes = Annotated[int, Meta(ge=0)]
+_ENVIRONMENT_PREFIX: Final = "HYTHE_"
+
+
+class _Table(Struct, frozen=True, forbid_unknown_fields=True):
+    pass
+
+
+class ServerSettings(_Table, frozen=True):
+    """Where and how the server listens."""
+
+    listen: str = "127.0.0.1:5000"
+    workers: _Positive = 1
+    drain_seconds: _Positive = 20
+    allow_open: bool = False
+    behind_proxy: bool = False
+
+
+class FilesystemSettings(_Table, frozen=True):
+    """The filesystem driver."""
+
+    root: Annotated[str, Meta(min_length=1)] = "data"
+    sync: bool = True
+
+
+class StorageSettings(_Table, frozen=True):
+    """Where blobs lie."""
+
+    driver: Literal["filesystem"] = "filesystem"
+    filesystem: FilesystemSettings = FilesystemSettings()
+
+
+class DatabaseSettings(_Table, frozen=True):
+    """Where the facts lie."""
+
+    url: str = "sqlite:///data/hythe.db"
+    sync: bool = True
+
+
+class RegistrySettings(_Table, frozen=True):
+    """What the protocol allows."""
+
+    delete: bool = True
+    sparse_manifests: bool = False
+    manifest_bytes: Annotated[int, Meta(ge=65536)] = 4 << 20
+
+
+class UploadSettings(_Table, frozen=True):
+    """Bytes on their way in."""
+
+    idle_seconds: _Positive = 86400
+    sweep_seconds: _Positive = 600
+    stall_seconds: Annotated[int, Meta(ge=1, le=120)] = 60
+    concurrent: _Positive = 512
+    buffer_bytes: Annotated[int, Meta(ge=1 << 20)] = 64 << 20
+
+
+class CacheSettings(_Table, frozen=True):
+    """What is answered from memory."""
+
+    bytes: _Bytes = 32 << 20
+
+
+class LogSettings(_Table, frozen=True):
+    """What is said, and how."""
+
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    format: Literal["auto", "text", "json"] = "auto"
+    access: bool = True
+
+
+class Settings(_Table, frozen=True):
+    """All there is to set."""
+
+    server: ServerSettings = ServerSettings()
+    storage: StorageSettings = StorageSettings()
+    database: DatabaseSettings = DatabaseSettings()
+    registry: RegistrySettings = RegistrySettings()
+    uploads: UploadSettings = UploadSettings()
+    cache: CacheSettings = CacheSettings()
+    log: LogSettings = LogSettings()
+
+
+def load(path: Path | None, environment: Mapping[str, str], overrides: Mapping[str, str] | None = None) -> Settings:
+    """Read the settings.
+
+    Args:
+        path: a TOML file, or None for the defaults.
+        environment: variables; those that begin with `HYTHE_` count.
+        overrides: from the command line, `server.listen` → value; they win.
+
+    Raises:
+        ConfigurationError: says which key, and what was expected.
+    """
+    tree: dict[str, Any] = _read(path) if path else {}
+    for key, text in [*_from_environment(environment), *(overrides or {}).items()]:
+        _set(tree, key.split("."), text)
+    try:
+        settings = msgspec.convert(tree, Settings)
+    except msgspec.ValidationError as error:
+        raise ConfigurationError(_explain(error)) from None
+    _check(settings)
+    return settings
+
+
+def parse_listen(text: str) -> tuple[str, int]:
+    """Split `HOST:PORT`, the host perhaps an IPv6 address in brackets.
+
+    Raises:
+        ConfigurationError: it is something else.
+    """
+    host, colon, port = text.rpartition(":")
+    if not colon or not port.isdecimal() or int(port) > 65535 or not host:
+        raise ConfigurationError(f"server.listen: expected HOST:PORT, such as 127.0.0.1:5000, got {text!r}")
+    return host.removeprefix("[").removesuffix("]"), int(port)
+
+
+def is_loopback(host: str) -> bool:
+    """Return whether only this machine reaches `host`."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigurationError(f"{path}: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"{path}: not TOML: {error}") from None
+
+
+def _from_environment(environment: Mapping[str, str]) -> list[tuple[str, str]]:
+    return [
+        (name.removeprefix(_ENVIRONMENT_PREFIX).lower().replace("__", "."), value)
+        for name, value in sorted(environment.items())
+        if name.startswith(_ENVIRONMENT_PREFIX) and "__" in name
+    ]
+
+
+def _set(tree: dict[str, Any], keys: list[str], text: str) -> None:
+    """Put a value that came as text where it belongs, as the type that is expected there."""
+    expected: Any = Settings
+    for key in keys:
+        fields = {field.name: field.type for field in structs.fields(expected)} if _is_table(expected) else {}
+        if key not in fields:
+            raise ConfigurationError(f"{'.'.join(keys)}: there is no such setting")
+        expected = fields[key]
+    if _is_table(expected):
+        raise ConfigurationError(f"{'.'.join(keys)}: this is a table of settings, name one of them")
+    for key in keys[:-1]:
+        tree = tree.setdefault(key, {})
+    try:
+        tree[keys[-1]] = msgspec.convert(text, expected, strict=False)
+    except msgspec.ValidationError as error:
+        raise ConfigurationError(f"{'.'.join(keys)}: {error}, got {text!r}") from None
+
+
+def _is_table(expected: Any) -> bool:
+    return isinstance(expected, type) and issubclass(expected, Struct)
+
+
+def _explain(error: msgspec.ValidationError) -> str:
+    """Turn `Expected int, got str - at $.server.workers` into `server.workers: expected int, got str`."""
+    text, _, place = str(error).partition(" - at `")
+    place = place.removesuffix("`").removeprefix("$").removeprefix(".")
+    if text.startswith("Object contains unknown field"):
+        unknown = text.split("`")[1]
+        return f"{'.'.join(filter(None, [place, unknown]))}: there is no such setting"
+    return f"{place}: {text[0].lower()}{text[1:]}"
+
+
+def _check(settings: Settings) -> None:
+    """Refuse what would be open by accident."""
+    host, _ = parse_listen(settings.server.listen)
+    if is_loopback(host):
+        return
+    if not settings.server.allow_open:
+        raise ConfigurationError(
+            f"server.listen: {host} can be reached from other machines, and this registry has no accounts: "
+            "set server.allow_open = true if everybody who reaches it may push and delete"
+        )
+    if not settings.server.behind_proxy:
+        raise ConfigurationError(
+            f"server.listen: {host} can be reached from other machines without encryption: "
+            "put a reverse proxy with TLS before it and set server.behind_proxy = true"
+        )

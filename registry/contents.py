@@ -1,0 +1,102 @@
+"""What repositories hold: from memory where that is coherent, else one statement.
+
+Only what was found is remembered, so a push of something new makes nothing stale. What can make something stale,
+a tag that moves and every deletion, goes through here too and begins a new epoch before it is acknowledged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from typing import Final
+
+from registry.cache import Cache, DataVersion, WriteCounter
+from registry.errors import BlobUnknown, ManifestUnknown
+from registry.metadata import content, tags
+from registry.metadata.content import PushedManifest, StoredBlob, StoredManifest
+from registry.metadata.engine import Database
+from storage.digest import Digest
+from storage.names import Reference, RepositoryName, Tag
+
+#: Roughly what an entry takes beside its content: key, row, links. Bytes.
+_OVERHEAD: Final = 600
+
+
+class Contents:
+    """Blobs and manifests of all repositories."""
+
+    def __init__(self, database: Database, cache_bytes: int, *, alone: bool) -> None:
+        """Look into `database`.
+
+        Args:
+            database: where the facts are.
+            cache_bytes: memory for what is remembered.
+            alone: whether no other process writes to the database.
+        """
+        self._database = database
+        self._writes = WriteCounter()
+        self._version = None if alone else DataVersion(database.path)
+        self._cache: Cache[StoredBlob | StoredManifest] = Cache(cache_bytes, self._version or self._writes, _size)
+
+    async def blob(self, name: RepositoryName, digest: Digest) -> StoredBlob:
+        """Return a blob of a repository, or raise `BlobUnknown`."""
+        key = ("blob", name, digest)
+        if isinstance(known := self._cache.get(key), StoredBlob):
+            return known
+        epoch = self._cache.epoch()
+        found = await self._database.read(content.find_blob, name, digest)
+        if found is None:
+            raise BlobUnknown(f"{name} does not hold the blob {digest}")
+        self._cache.put(key, found, epoch)
+        return found
+
+    async def manifest(self, name: RepositoryName, reference: Reference) -> StoredManifest:
+        """Return a manifest of a repository, or raise `ManifestUnknown`."""
+        key = (name, reference)
+        if isinstance(known := self._cache.get(key), StoredManifest):
+            return known
+        epoch = self._cache.epoch()
+        found = await self._database.read(content.find_manifest, name, reference)
+        if found is None:
+            raise ManifestUnknown(f"{name} has no manifest {reference}")
+        self._cache.put(key, found, epoch)
+        return found
+
+    async def put_manifest(
+        self, name: RepositoryName, pushed: PushedManifest, moved: Sequence[Tag], by: str, *, sparse: bool
+    ) -> None:
+        """Keep a manifest and move tags to it; raises `ManifestBlobUnknown`."""
+        async with self._change():
+            await self._database.write(content.put_manifest, name, pushed, moved, by, sparse=sparse)
+
+    async def delete_manifest(self, name: RepositoryName, digest: Digest, by: str) -> None:
+        """Delete a manifest and the tags that point to it; raises `ManifestUnknown`."""
+        async with self._change():
+            await self._database.write(content.delete_manifest, name, digest, by)
+
+    async def delete_tag(self, name: RepositoryName, tag: Tag, by: str) -> None:
+        """Delete a tag; raises `ManifestUnknown`."""
+        async with self._change():
+            await self._database.write(tags.delete_tag, name, tag, by)
+
+    async def delete_blob(self, name: RepositoryName, digest: Digest) -> None:
+        """Delete a blob from a repository; raises `BlobUnknown`."""
+        async with self._change():
+            await self._database.write(content.delete_blob, name, digest)
+
+    def close(self) -> None:
+        """Let go of the watch on the database."""
+        if self._version:
+            self._version.close()
+
+    @asynccontextmanager
+    async def _change(self) -> AsyncIterator[None]:
+        # Also when the write was cancelled or failed: it may have been committed.
+        try:
+            yield
+        finally:
+            self._writes.value += 1
+
+
+def _size(value: StoredBlob | StoredManifest) -> int:
+    return _OVERHEAD + (len(value.content) if isinstance(value, StoredManifest) else 0)

@@ -1,0 +1,64 @@
+"""What there is: `/v2/`, `_catalog`, `tags/list`, `_oci/ext/discover`. [distribution-spec: end-1, end-8a, end-8b]"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from aiohttp import web
+
+from registry import locations
+from registry.access import Access, Right
+from registry.calls import Call
+from registry.errors import BadRequest
+from registry.metadata import repositories, tags
+from registry.metadata.engine import Database
+from registry.responses import json_response
+from storage.names import RepositoryName
+
+#: Entries in one answer, whatever the client asks for: memory stays bounded, `Link` leads on.
+PAGE_LIMIT: Final = 10_000
+
+
+class Listings:
+    """Names of repositories and tags, in pages."""
+
+    def __init__(self, database: Database, access: Access) -> None:
+        """List what is in `database` and `access` lets the caller see."""
+        self._database = database
+        self._access = access
+
+    async def check(self, call: Call) -> web.StreamResponse:  # noqa: ARG002
+        """GET `/v2/`: yes, this is a registry. [end-1]"""
+        return json_response({})
+
+    async def discover(self, call: Call) -> web.StreamResponse:  # noqa: ARG002
+        """GET `_oci/ext/discover`: no extensions beside the specification."""
+        return json_response({"extensions": []})
+
+    async def catalog(self, call: Call) -> web.StreamResponse:
+        """GET `_catalog`: names of repositories that the caller may pull from."""
+        limit, last = page(call.request)
+        names = await self._database.read(repositories.names, last, limit + 1)
+        shown = [name for name in names[:limit] if self._access.may(call.identity, RepositoryName(name), Right.PULL)]
+        return json_response({"repositories": shown}, headers=_link(call, names, limit))
+
+    async def tags(self, call: Call) -> web.StreamResponse:
+        """GET `tags/list`: in ASCII order. [end-8a, end-8b]"""
+        limit, last = page(call.request)
+        names = await self._database.read(tags.names, call.repository, last, limit + 1)
+        return json_response({"name": call.repository, "tags": names[:limit]}, headers=_link(call, names, limit))
+
+
+def page(request: web.Request) -> tuple[int, str]:
+    """Return how many entries are asked for, and after which. Raises `BadRequest`."""
+    text = request.query.get("n", str(PAGE_LIMIT))
+    if not (text.isascii() and text.isdecimal()):
+        raise BadRequest(f"n must be a number of entries, got {text[:40]!r}")
+    return min(int(text[:9]), PAGE_LIMIT), request.query.get("last", "")
+
+
+def _link(call: Call, names: list[str], limit: int) -> dict[str, str]:
+    # [end-8b] an empty page leads nowhere
+    if len(names) <= limit or limit == 0:
+        return {}
+    return {"Link": locations.next_page(call.request, n=limit, last=names[limit - 1])}

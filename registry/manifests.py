@@ -1,0 +1,172 @@
+"""`/v2/<name>/manifests/<reference>`. [distribution-spec: end-3, end-7a, end-7b, end-9]"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import msgspec
+from aiohttp import hdrs, web
+from multidict import CIMultiDict
+
+from registry import locations
+from registry.calls import Call
+from registry.config import RegistrySettings
+from registry.contents import Contents
+from registry.errors import (
+    BlobUnknown,
+    DigestInvalid,
+    ManifestInvalid,
+    ManifestTooLarge,
+    TooManyTags,
+)
+from registry.metadata.content import PushedManifest, StoredManifest
+from registry.transfer import Receiver, read_limited
+from storage.base import Store
+from storage.digest import Digest
+from storage.errors import ContentMissing, InvalidDigest, InvalidName
+from storage.names import RepositoryName, Tag, parse_tag, referrers_tag
+from storage.oci import Manifest, Platform, Relation, parse_manifest
+
+#: [end-7b] a registry must take at least 10.
+_TAGS_LIMIT: Final = 100
+#: Configurations are small; one that is larger is not read for its platform.
+_CONFIG_LIMIT: Final = 4 << 20
+
+
+class Manifests:
+    """Manifests and the tags that point to them."""
+
+    def __init__(self, store: Store, contents: Contents, receiver: Receiver, settings: RegistrySettings) -> None:
+        """Serve `contents`; `store` is read for the configurations of images only."""
+        self._store = store
+        self._contents = contents
+        self._receiver = receiver
+        self._settings = settings
+
+    async def get(self, call: Call) -> web.StreamResponse:
+        """GET: the exact bytes that were pushed."""
+        stored = await self._contents.manifest(call.repository, call.reference())
+        headers = _headers(stored)
+        if _is_known(call, headers):
+            return web.Response(status=304, headers=headers)
+        return web.Response(body=stored.content, headers=headers)
+
+    async def head(self, call: Call) -> web.StreamResponse:
+        """HEAD: the headers of a GET."""
+        stored = await self._contents.manifest(call.repository, call.reference())
+        headers = _headers(stored)
+        if _is_known(call, headers):
+            return web.Response(status=304, headers=headers)
+        headers[hdrs.CONTENT_LENGTH] = str(len(stored.content))
+        return web.Response(headers=headers)
+
+    async def put(self, call: Call) -> web.StreamResponse:
+        """PUT: keep a manifest, and point tags to it."""
+        reference = call.reference()
+        moved = [reference] if isinstance(reference, str) else []
+        moved += _more_tags(call)
+        content_type = call.request.headers.get(hdrs.CONTENT_TYPE, "").partition(";")[0].strip().lower()
+        async with self._receiver.slot():
+            body = await read_limited(call.request, self._receiver, self._settings.manifest_bytes)
+        if body is None:
+            raise ManifestTooLarge(f"a manifest may have {self._settings.manifest_bytes} bytes here")
+        call.request["bytes_in"] = len(body)
+        digest = _digest_of(body, reference)
+        facts = parse_manifest(body, content_type)
+        pushed = PushedManifest(facts, digest, body, await self._platforms(call.repository, facts))
+        await self._contents.put_manifest(
+            call.repository, pushed, moved, call.identity.name, sparse=self._settings.sparse_manifests
+        )
+        return web.Response(status=201, headers=_created(call, pushed, reference, moved))
+
+    async def delete(self, call: Call) -> web.StreamResponse:
+        """DELETE: a tag alone, or by digest a manifest with all its tags."""
+        reference = call.reference()
+        if isinstance(reference, Digest):
+            await self._contents.delete_manifest(call.repository, reference, call.identity.name)
+        else:
+            await self._contents.delete_tag(call.repository, reference, call.identity.name)
+        return web.Response(status=202)
+
+    async def _platforms(self, name: RepositoryName, facts: Manifest) -> list[str]:
+        """Read from an image's configuration what it is for; nothing where that cannot be told."""
+        config = next((link for link in facts.links if link.relation is Relation.CONFIG), None)
+        if config is None or not config.descriptor.media_type.endswith("+json"):
+            return []
+        try:
+            blob = await self._contents.blob(name, config.digest)
+            if blob.size > _CONFIG_LIMIT:
+                return []
+            content = b"".join([piece async for piece in self._store.open(blob.key).read(0, blob.size)])
+            platform = str(msgspec.json.decode(content, type=Platform))
+        except (BlobUnknown, ContentMissing, msgspec.DecodeError):
+            return []
+        return [platform] if platform else []
+
+
+def _headers(stored: StoredManifest) -> CIMultiDict[str]:
+    digest = str(stored.digest)
+    return CIMultiDict(
+        {
+            hdrs.CONTENT_TYPE: stored.media_type,
+            "Docker-Content-Digest": digest,
+            hdrs.ETAG: f'"{digest}"',
+        }
+    )
+
+
+def _is_known(call: Call, headers: CIMultiDict[str]) -> bool:
+    sent = call.request.headers.get(hdrs.IF_NONE_MATCH)
+    return sent is not None and headers[hdrs.ETAG] in sent
+
+
+def _more_tags(call: Call) -> list[Tag]:
+    """[end-7b] `?tag=` on a push by digest, any number of times."""
+    texts = list(dict.fromkeys(call.request.query.getall("tag", [])))
+    if not texts:
+        return []
+    if ":" not in call.argument:
+        raise ManifestInvalid("tag parameters go with a push by digest")
+    if len(texts) > _TAGS_LIMIT:
+        raise TooManyTags(f"at most {_TAGS_LIMIT} tags in one push, got {len(texts)}")
+    try:
+        return [parse_tag(text) for text in texts]
+    except InvalidName as error:
+        raise ManifestInvalid(str(error)) from None
+
+
+def _digest_of(body: bytes, reference: Tag | Digest) -> Digest:
+    if not isinstance(reference, Digest):
+        return Digest.of(body)
+    digest = Digest.of(body, reference.algorithm)
+    if digest != reference:
+        raise DigestInvalid(f"the manifest is {digest}, the request says {reference}")
+    return digest
+
+
+def _created(call: Call, pushed: PushedManifest, reference: Tag | Digest, moved: list[Tag]) -> CIMultiDict[str]:
+    headers = CIMultiDict(
+        {
+            hdrs.LOCATION: locations.manifest(call.request, call.repository, pushed.digest),
+            "Docker-Content-Digest": str(pushed.digest),
+        }
+    )
+    if isinstance(reference, Digest):
+        for tag in moved:
+            headers.add("OCI-Tag", tag)
+    if pushed.facts.subject:
+        headers["OCI-Subject"] = str(pushed.facts.subject)
+    if _is_referrers_tag(reference):
+        headers["Warning"] = (
+            '299 - "this registry lists referrers by itself: the tag is merged in, and no longer needed"'
+        )
+    return headers
+
+
+def _is_referrers_tag(reference: Tag | Digest) -> bool:
+    if isinstance(reference, Digest):
+        return False
+    try:
+        return reference == referrers_tag(Digest.parse(reference.replace("-", ":", 1)))
+    except InvalidDigest:
+        return False

@@ -1,0 +1,1 @@
+"""The facts, in SQL. The only place that knows SQLAlchemy, beside migrations/."""

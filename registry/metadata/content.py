@@ -1,0 +1,354 @@
+"""Blobs and manifests, and which repository holds which."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import msgspec
+from sqlalchemy import Connection, and_, delete, exists, func, insert, select, update
+
+from registry.errors import BlobUnknown, BlobUploadUnknown, ManifestBlobUnknown, ManifestUnknown
+from registry.metadata import repositories, tags
+from registry.metadata.tables import (
+    blob,
+    manifest,
+    manifest_reference,
+    now,
+    repository,
+    repository_blob,
+    repository_manifest,
+    tag,
+    upload_session,
+)
+from storage.digest import Digest
+from storage.names import RepositoryName, Tag
+from storage.oci import INDEXES, Link, Manifest, Relation
+
+
+@dataclass(frozen=True, slots=True)
+class StoredBlob:
+    """Where the bytes of a blob lie, and how many."""
+
+    key: str
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class StoredManifest:
+    """A manifest as a repository holds it."""
+
+    digest: Digest
+    media_type: str
+    content: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class PushedManifest:
+    """A manifest as it was pushed.
+
+    Attributes:
+        facts: what was read from it.
+        digest: over `content`, in the algorithm the client chose.
+        content: its exact bytes.
+        platforms: what the image's configuration says it is for; an index says it itself.
+    """
+
+    facts: Manifest
+    digest: Digest
+    content: bytes
+    platforms: Sequence[str] = ()
+
+
+# --- blobs -----------------------------------------------------------------------------------------------
+
+
+def find_blob(connection: Connection, name: RepositoryName, digest: Digest) -> StoredBlob | None:
+    """Return a blob that the repository holds."""
+    row = connection.execute(
+        select(blob.c.key, blob.c.size)
+        .join(repository_blob, repository_blob.c.blob_id == blob.c.id)
+        .join(repository, repository.c.id == repository_blob.c.repository_id)
+        .where(repository.c.name == name, blob.c.digest == str(digest))
+    ).first()
+    return StoredBlob(*row) if row else None
+
+
+def exists_anywhere(connection: Connection, digest: Digest) -> bool:
+    """Return whether any repository's blob has these bytes already."""
+    return connection.scalar(select(blob.c.id).where(blob.c.digest == str(digest))) is not None
+
+
+def holders(connection: Connection, digest: Digest, limit: int = 100) -> list[str]:
+    """Return names of repositories that hold the blob."""
+    return list(
+        connection.scalars(
+            select(repository.c.name)
+            .join(repository_blob, repository_blob.c.repository_id == repository.c.id)
+            .join(blob, blob.c.id == repository_blob.c.blob_id)
+            .where(blob.c.digest == str(digest))
+            .limit(limit)
+        )
+    )
+
+
+def mount_blob(connection: Connection, source: RepositoryName, target: RepositoryName, digest: Digest) -> bool:
+    """Make a blob of `source` visible in `target` too; False where `source` does not hold it."""
+    return find_blob(connection, source, digest) is not None and _link_existing(connection, target, digest)
+
+
+def _link_existing(connection: Connection, name: RepositoryName, digest: Digest) -> bool:
+    at = now()
+    touched = connection.execute(
+        update(blob).where(blob.c.digest == str(digest)).values(touched_at=at).returning(blob.c.id)
+    ).first()
+    if touched is None:
+        return False
+    _link(connection, repositories.ensure(connection, name), int(touched.id), at)
+    return True
+
+
+def _link(connection: Connection, repository_id: int, blob_id: int, at: int) -> None:
+    link = {"repository_id": repository_id, "blob_id": blob_id}
+    there = select(repository_blob.c.blob_id).filter_by(**link)
+    if connection.scalar(there) is None:
+        connection.execute(insert(repository_blob).values(**link, created_at=at))
+
+
+def finish_with_existing(
+    connection: Connection, session_id: str, writer: str, name: RepositoryName, digest: Digest
+) -> bool:
+    """End an upload whose bytes are in the store already; False where they are not, and nothing changed."""
+    if not _link_existing(connection, name, digest):
+        return False
+    _end_session(connection, session_id, writer)
+    return True
+
+
+def finish_upload(
+    connection: Connection,
+    session_id: str,
+    writer: str,
+    name: RepositoryName,
+    digest: Digest,
+    stored: StoredBlob,
+) -> bool:
+    """End an upload whose bytes now lie under `stored.key`.
+
+    Returns:
+        False where another upload of the same bytes was first: its copy serves, and ours is to be deleted.
+
+    Raises:
+        BlobUploadUnknown: the session was cancelled meanwhile; ours is to be deleted.
+    """
+    _end_session(connection, session_id, writer)
+    if _link_existing(connection, name, digest):
+        return False
+    at = now()
+    result = connection.execute(
+        insert(blob).values(digest=str(digest), size=stored.size, key=stored.key, created_at=at, touched_at=at)
+    )
+    assert result.inserted_primary_key is not None
+    blob_id = int(result.inserted_primary_key[0])
+    _link(connection, repositories.ensure(connection, name), blob_id, at)
+    # Sparse manifests may have waited for these bytes; from now on they keep them.
+    waiting = and_(manifest_reference.c.digest == str(digest), manifest_reference.c.blob_id.is_(None))
+    connection.execute(update(manifest_reference).where(waiting).values(blob_id=blob_id))
+    return True
+
+
+def _end_session(connection: Connection, session_id: str, writer: str) -> None:
+    ended = connection.execute(
+        delete(upload_session).where(upload_session.c.id == session_id, upload_session.c.writer == writer)
+    )
+    if not ended.rowcount:
+        raise BlobUploadUnknown
+
+
+def delete_blob(connection: Connection, name: RepositoryName, digest: Digest) -> None:
+    """Make a blob invisible in a repository; others keep it. Raises `BlobUnknown`."""
+    link = (
+        select(repository_blob.c.repository_id, repository_blob.c.blob_id)
+        .join(repository, repository.c.id == repository_blob.c.repository_id)
+        .join(blob, blob.c.id == repository_blob.c.blob_id)
+        .where(repository.c.name == name, blob.c.digest == str(digest))
+    )
+    row = connection.execute(link).first()
+    if row is None:
+        raise BlobUnknown
+    connection.execute(delete(repository_blob).filter_by(**row._mapping))
+
+
+def known_keys(connection: Connection, keys: list[str]) -> set[str]:
+    """Return which of `keys` a blob row names."""
+    return set(connection.scalars(select(blob.c.key).where(blob.c.key.in_(keys))))
+
+
+# --- manifests -------------------------------------------------------------------------------------------
+
+
+def find_manifest(connection: Connection, name: RepositoryName, reference: Tag | Digest) -> StoredManifest | None:
+    """Return the manifest that a tag points to, or that has a digest, in this repository. One statement."""
+    query = (
+        select(manifest.c.digest, repository_manifest.c.media_type, manifest.c.content)
+        .join(repository_manifest, repository_manifest.c.manifest_id == manifest.c.id)
+        .join(repository, repository.c.id == repository_manifest.c.repository_id)
+        .where(repository.c.name == name)
+    )
+    if isinstance(reference, Digest):
+        query = query.where(manifest.c.digest == str(reference))
+    else:
+        pointing = and_(tag.c.repository_id == repository.c.id, tag.c.manifest_id == manifest.c.id)
+        query = query.join(tag, pointing).where(tag.c.name == reference)
+    row = connection.execute(query).first()
+    return StoredManifest(Digest.parse(row.digest), row.media_type, row.content) if row else None
+
+
+def put_manifest(
+    connection: Connection,
+    name: RepositoryName,
+    pushed: PushedManifest,
+    moved: Sequence[Tag],
+    by: str,
+    *,
+    sparse: bool,
+) -> None:
+    """Keep a manifest, with all of its tags or none.
+
+    Args:
+        connection: of the unit of work.
+        name: the repository, made where absent.
+        pushed: the manifest.
+        moved: tags that shall point to it.
+        by: who pushes.
+        sparse: whether it may point to content that the repository does not hold.
+
+    Raises:
+        ManifestBlobUnknown: it points to content that is not in the repository, and not `sparse`.
+    """
+    repository_id = repositories.ensure(connection, name)
+    found = _resolve(connection, repository_id, pushed.facts.links)
+    missing = [link for link in pushed.facts.links if link.is_required and not found[link.digest].is_held]
+    if missing and not sparse:
+        wanted = {str(link.digest): link.descriptor.media_type for link in missing}
+        raise ManifestBlobUnknown(list(wanted.items()))
+    manifest_id = connection.scalar(select(manifest.c.id).where(manifest.c.digest == str(pushed.digest)))
+    if manifest_id is None:
+        manifest_id = _insert_manifest(connection, pushed, found)
+    _hold(connection, repository_id, manifest_id, pushed.facts.media_type, by)
+    for name_of_tag in moved:
+        tags.move(connection, repository_id, name_of_tag, manifest_id, pushed.digest, by)
+
+
+@dataclass(slots=True)
+class _Found:
+    """What the database has under a digest that a manifest points to."""
+
+    blob_id: int | None = None
+    child_id: int | None = None
+    child_size: int = 0
+    is_held: bool = False
+
+
+def _resolve(connection: Connection, repository_id: int, links: Sequence[Link]) -> dict[Digest, _Found]:
+    found = {link.digest: _Found() for link in links}
+    digests = [str(digest) for digest in found]
+    children = [str(link.digest) for link in links if link.relation is Relation.CHILD]
+    held_blob = exists().where(repository_blob.c.repository_id == repository_id, repository_blob.c.blob_id == blob.c.id)
+    held_child = exists().where(
+        repository_manifest.c.repository_id == repository_id,
+        repository_manifest.c.manifest_id == manifest.c.id,
+    )
+    for chunk in _chunks(digests):
+        for row in connection.execute(select(blob.c.digest, blob.c.id, held_blob).where(blob.c.digest.in_(chunk))):
+            entry = found[Digest.parse(row[0])]
+            entry.blob_id, entry.is_held = row[1], bool(row[2])
+    for chunk in _chunks(children):
+        query = select(manifest.c.digest, manifest.c.id, manifest.c.image_size, held_child)
+        for row in connection.execute(query.where(manifest.c.digest.in_(chunk))):
+            entry = found[Digest.parse(row[0])]
+            entry.child_id, entry.child_size = row[1], row[2]
+            # Build caches are indexes of blobs: either will do.
+            entry.is_held = entry.is_held or bool(row[3])
+    return found
+
+
+def _chunks(digests: list[str], size: int = 500) -> list[list[str]]:
+    return [digests[start : start + size] for start in range(0, len(digests), size)]
+
+
+def _insert_manifest(connection: Connection, pushed: PushedManifest, found: dict[Digest, _Found]) -> int:
+    facts = pushed.facts
+    result = connection.execute(
+        insert(manifest).values(
+            digest=str(pushed.digest),
+            size=len(pushed.content),
+            content=pushed.content,
+            subject=str(facts.subject) if facts.subject else None,
+            artifact_type=facts.artifact_type,
+            annotations=msgspec.json.encode(facts.annotations).decode(),
+            image_size=sum(_size(link, found[link.digest]) for link in facts.links),
+            platforms=msgspec.json.encode(_platforms(pushed)).decode(),
+            created_at=now(),
+        )
+    )
+    assert result.inserted_primary_key is not None
+    manifest_id = int(result.inserted_primary_key[0])
+    rows = [
+        {
+            "manifest_id": manifest_id,
+            "position": position,
+            "relation": str(link.relation),
+            "digest": str(link.digest),
+            "size": link.descriptor.size,
+            "blob_id": found[link.digest].blob_id,
+            "child_id": found[link.digest].child_id,
+        }
+        for position, link in enumerate(facts.links)
+    ]
+    if rows:
+        connection.execute(insert(manifest_reference), rows)
+    waiting = and_(
+        manifest_reference.c.digest == str(pushed.digest),
+        manifest_reference.c.child_id.is_(None),
+        manifest_reference.c.relation == str(Relation.CHILD),
+    )
+    connection.execute(update(manifest_reference).where(waiting).values(child_id=manifest_id))
+    return manifest_id
+
+
+def _size(link: Link, found: _Found) -> int:
+    return found.child_size if link.relation is Relation.CHILD and found.child_id else link.descriptor.size
+
+
+def _platforms(pushed: PushedManifest) -> list[str]:
+    if pushed.facts.media_type not in INDEXES:
+        return list(pushed.platforms)
+    named = [str(link.descriptor.platform) for link in pushed.facts.links if link.descriptor.platform]
+    return list(dict.fromkeys(name for name in named if name and not name.startswith("unknown/")))
+
+
+def _hold(connection: Connection, repository_id: int, manifest_id: int, media_type: str, by: str) -> None:
+    link = {"repository_id": repository_id, "manifest_id": manifest_id}
+    values = {"media_type": media_type, "pushed_at": now(), "pushed_by": by}
+    updated = connection.execute(update(repository_manifest).filter_by(**link).values(**values))
+    if not updated.rowcount:
+        connection.execute(insert(repository_manifest).values(**link, **values))
+
+
+def delete_manifest(connection: Connection, name: RepositoryName, digest: Digest, by: str) -> None:
+    """Delete a manifest from a repository, with all tags that point to it. Raises `ManifestUnknown`."""
+    row = connection.execute(
+        select(repository_manifest.c.repository_id, repository_manifest.c.manifest_id)
+        .join(repository, repository.c.id == repository_manifest.c.repository_id)
+        .join(manifest, manifest.c.id == repository_manifest.c.manifest_id)
+        .where(repository.c.name == name, manifest.c.digest == str(digest))
+    ).first()
+    if row is None:
+        raise ManifestUnknown
+    for pointing in connection.scalars(select(tag.c.name).filter_by(**row._mapping)).all():
+        tags.remove(connection, row.repository_id, pointing, by)
+    connection.execute(delete(repository_manifest).filter_by(**row._mapping))
+    others = select(func.count()).where(repository_manifest.c.manifest_id == row.manifest_id)
+    if not connection.scalar(others):
+        connection.execute(delete(manifest).where(manifest.c.id == row.manifest_id))

@@ -1,0 +1,221 @@
+"""Units of work: synchronous functions that take a connection, each run in a thread as one transaction.
+
+    await database.read(find_tag, repository, tag)
+    await database.write(put_manifest, repository, manifest)
+
+SQLite has one writer. So writes stand in a queue before one thread, and what stands there together is committed
+together, each unit behind a savepoint of its own: sixteen uploads that finish at once cost one sync of the disk.
+A unit is answered only after the commit that holds it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import queue
+import sqlite3
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Concatenate, Final, ParamSpec, TypeVar
+
+from sqlalchemy import Connection, Engine, create_engine, event, make_url
+from sqlalchemy.exc import ArgumentError, DBAPIError, OperationalError
+
+from registry.errors import ConfigurationError, MetadataFull, MetadataUnavailable
+from storage.threads import run, settle
+
+P = ParamSpec("P")
+T = TypeVar("T")
+Unit = Callable[Concatenate[Connection, P], T]
+
+_BATCH_LIMIT: Final = 64
+_READERS: Final = 4
+_BUSY_SECONDS: Final = 15
+
+
+@dataclass(slots=True)
+class _Job:
+    work: Callable[[Connection], Any]
+    durable: bool
+    future: Future[Any]
+
+
+class Database:
+    """A SQLite file in WAL mode: one writer thread, some reader threads."""
+
+    def __init__(self, url: str, *, sync: bool = True) -> None:
+        """Open the database behind `url` (`sqlite:///PATH`), which must have been migrated.
+
+        Args:
+            url: as SQLAlchemy writes it.
+            sync: False answers before a commit is on the disk.
+        """
+        self.path = sqlite_path(url)
+        self._writer = _engine(self.path, "IMMEDIATE")
+        self._reader = _engine(self.path, "DEFERRED")
+        self._threads = ThreadPoolExecutor(_READERS, "sql-reader")
+        self._local = threading.local()
+        self._sync = sync
+        self._synchronous = "FULL"
+        self._queue: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._write_all, name="sql-writer", daemon=True)
+        self._thread.start()
+
+    async def read(self, unit: Unit[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Run a unit that only reads, on one snapshot.
+
+        Raises:
+            MetadataUnavailable: the database did not answer.
+        """
+        return await run(self._threads, self._read, lambda connection: unit(connection, *args, **kwargs))
+
+    async def write(self, unit: Unit[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Run a unit, commit, and return its result once the commit is on the disk.
+
+        Raises:
+            MetadataFull: no room on the disk; nothing was written.
+            MetadataUnavailable: the database did not answer; nothing was written.
+        """
+        return await self._enqueue(lambda connection: unit(connection, *args, **kwargs), durable=True)
+
+    async def note(self, unit: Unit[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Run a unit whose loss in a power cut does no harm: committed, seen by all, not synced by itself."""
+        return await self._enqueue(lambda connection: unit(connection, *args, **kwargs), durable=False)
+
+    async def close(self) -> None:
+        """Finish what is queued and close the file."""
+        self._queue.put(None)
+        await asyncio.to_thread(self._thread.join)
+        await asyncio.to_thread(self._threads.shutdown)
+        self._reader.dispose()
+        self._writer.dispose()
+
+    async def _enqueue(self, work: Callable[[Connection], T], *, durable: bool) -> T:
+        future: Future[T] = Future()
+        self._queue.put(_Job(work, durable and self._sync, future))
+        return await settle(future)
+
+    def _read(self, work: Callable[[Connection], T]) -> T:
+        with _sql_errors():
+            connection = getattr(self._local, "connection", None)
+            if connection is None:
+                connection = self._local.connection = self._reader.connect()
+            with connection.begin():
+                return work(connection)
+
+    def _write_all(self) -> None:
+        with self._writer.connect() as connection:
+            while (batch := self._next_batch())[-1] is not None:
+                self._write_batch(connection, [job for job in batch if job])
+            self._write_batch(connection, [job for job in batch if job])
+
+    def _next_batch(self) -> list[_Job | None]:
+        batch = [self._queue.get()]
+        while batch[-1] is not None and len(batch) < _BATCH_LIMIT:
+            try:
+                batch.append(self._queue.get_nowait())
+            except queue.Empty:
+                break
+        return batch
+
+    def _write_batch(self, connection: Connection, jobs: list[_Job]) -> None:
+        outcomes: list[tuple[_Job, Any, BaseException | None]] = []
+        try:
+            with _sql_errors():
+                self._set_synchronous(connection, "FULL" if any(job.durable for job in jobs) else "NORMAL")
+                with connection.begin():
+                    outcomes = [_outcome(connection, job, alone=len(jobs) == 1) for job in jobs]
+        except BaseException as error:
+            outcomes = [(job, None, failure or error) for job, _, failure in outcomes]
+            outcomes += [(job, None, error) for job in jobs[len(outcomes) :]]
+        for job, result, failure in outcomes:
+            if failure is None:
+                job.future.set_result(result)
+            else:
+                job.future.set_exception(failure)
+
+    def _set_synchronous(self, connection: Connection, level: str) -> None:
+        """[SQLite: PRAGMA synchronous] FULL syncs the log at each commit, with all that stands before it."""
+        if level != self._synchronous:
+            _driver(connection).execute(f"PRAGMA synchronous={level}")
+            self._synchronous = level
+
+
+def _outcome(connection: Connection, job: _Job, *, alone: bool) -> tuple[_Job, Any, BaseException | None]:
+    """Run one unit of a batch. What it raises undoes it alone, unless the database itself failed."""
+    try:
+        if alone:
+            return job, job.work(connection), None
+        with connection.begin_nested():
+            return job, job.work(connection), None
+    except OperationalError:
+        raise
+    except Exception as error:
+        if alone:
+            raise
+        return job, None, error
+
+
+def sqlite_path(url: str) -> Path:
+    """Return the file that a `sqlite:///` URL names.
+
+    Raises:
+        ConfigurationError: another database, or none.
+    """
+    try:
+        parsed = make_url(url)
+    except ArgumentError:
+        parsed = None
+    if parsed is None or parsed.get_backend_name() != "sqlite" or not parsed.database:
+        raise ConfigurationError("database.url must look like sqlite:///path/to/hythe.db")
+    return Path(parsed.database)
+
+
+def _engine(path: Path, begin: str) -> Engine:
+    engine = create_engine(
+        f"sqlite:///{path}",
+        connect_args={"timeout": _BUSY_SECONDS, "check_same_thread": False},
+        pool_size=_READERS,
+    )
+
+    @event.listens_for(engine, "connect")
+    def _connected(connection: sqlite3.Connection, _record: object) -> None:
+        # We begin transactions ourselves: sqlite3 would begin them late and as readers.
+        connection.isolation_level = None
+        prepare(connection)
+
+    @event.listens_for(engine, "begin")
+    def _begun(connection: Connection) -> None:
+        _driver(connection).execute(f"BEGIN {begin}")
+
+    return engine
+
+
+def prepare(connection: sqlite3.Connection) -> None:
+    """Set a new SQLite connection up as every part of Hythe wants it."""
+    connection.execute("PRAGMA journal_mode=WAL")
+    connection.execute("PRAGMA synchronous=FULL")
+    connection.execute("PRAGMA foreign_keys=ON")
+    connection.execute("PRAGMA cache_size=-8192")
+
+
+def _driver(connection: Connection) -> sqlite3.Connection:
+    driver = connection.connection.dbapi_connection
+    assert isinstance(driver, sqlite3.Connection)
+    return driver
+
+
+@contextlib.contextmanager
+def _sql_errors() -> Iterator[None]:
+    try:
+        yield
+    except (DBAPIError, sqlite3.Error) as error:
+        text = str(error.orig if isinstance(error, DBAPIError) else error)
+        if "disk is full" in text or "disk I/O error" in text:
+            raise MetadataFull(f"no space left for the database: {text}") from error
+        if isinstance(error, OperationalError | sqlite3.OperationalError):
+            raise MetadataUnavailable(f"the database does not answer: {text}") from error
+        raise

@@ -1,0 +1,87 @@
+"""The tree of repositories: `org/team/app` is a row below `org/team`, that one below `org`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sqlalchemy import Connection, and_, func, insert, select, update
+from sqlalchemy.sql.elements import ColumnElement
+
+from registry.metadata.tables import now, repository, repository_manifest, tag
+from storage.names import RepositoryName
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """One entry below a path of the tree. Counts are of the repository itself, not of what lies below it."""
+
+    name: str
+    is_repository: bool
+    has_children: bool
+    tags: int
+    manifests: int
+    updated_at: int | None
+
+
+def find(connection: Connection, name: RepositoryName) -> int | None:
+    """Return the id of a repository that has, or had, content."""
+    query = select(repository.c.id).where(repository.c.name == name, repository.c.has_content)
+    return connection.scalar(query)
+
+
+def ensure(connection: Connection, name: RepositoryName) -> int:
+    """Return the id of the repository, made with its path where absent."""
+    return find(connection, name) or _make(connection, name, has_content=True)
+
+
+def _make(connection: Connection, name: str, *, has_content: bool) -> int:
+    row = connection.execute(select(repository.c.id, repository.c.has_content).where(repository.c.name == name)).first()
+    if row is not None:
+        if has_content and not row.has_content:
+            connection.execute(update(repository).where(repository.c.id == row.id).values(has_content=True))
+        return int(row.id)
+    parent, _, _ = name.rpartition("/")
+    parent_id = _make(connection, parent, has_content=False) if parent else None
+    result = connection.execute(
+        insert(repository).values(parent_id=parent_id, name=name, has_content=has_content, created_at=now())
+    )
+    assert result.inserted_primary_key is not None
+    return int(result.inserted_primary_key[0])
+
+
+def below(path: str) -> ColumnElement[bool]:
+    """Return the condition for `path` itself and all under it: `/` sorts right before `0`."""
+    return (repository.c.name == path) | and_(repository.c.name > f"{path}/", repository.c.name < f"{path}0")
+
+
+def names(connection: Connection, last: str, limit: int) -> list[str]:
+    """Return up to `limit` names of repositories after `last`, in ASCII order."""
+    query = (
+        select(repository.c.name)
+        .where(repository.c.has_content, repository.c.name > last)
+        .order_by(repository.c.name)
+        .limit(limit)
+    )
+    return list(connection.scalars(query))
+
+
+def children(connection: Connection, path: str, last: str, limit: int) -> list[Node]:
+    """Return up to `limit` entries right below `path` (empty: the root) after `last`, in order of name."""
+    parent = select(repository.c.id).where(repository.c.name == path).scalar_subquery()
+    above = repository.c.parent_id == parent if path else repository.c.parent_id.is_(None)
+    other = repository.alias()
+    has_children = select(other.c.id).where(other.c.parent_id == repository.c.id).exists()
+    tags = select(func.count()).where(tag.c.repository_id == repository.c.id).scalar_subquery()
+    manifests = select(func.count()).where(repository_manifest.c.repository_id == repository.c.id).scalar_subquery()
+    updated = (
+        select(func.max(repository_manifest.c.pushed_at))
+        .where(repository_manifest.c.repository_id == repository.c.id)
+        .scalar_subquery()
+    )
+    query = (
+        select(repository.c.name, repository.c.has_content, has_children, tags, manifests, updated)
+        .where(above, repository.c.name > last)
+        .order_by(repository.c.name)
+        .limit(limit)
+    )
+    return [Node(*row) for row in connection.execute(query)]

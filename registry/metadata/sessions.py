@@ -1,0 +1,137 @@
+"""Upload sessions: what the registry knows of bytes on their way in.
+
+A session is written to by one request at a time, whichever process serves it: the request claims the row, and
+lets go of it with the new offset. A claim that nobody renewed for `LEASE` belongs to a process that died.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from sqlalchemy import Connection, delete, func, insert, or_, select, update
+
+from registry.errors import BlobUploadUnknown, UploadConflict
+from registry.metadata.tables import now, upload_session
+from storage.base import Checkpoint
+from storage.names import RepositoryName
+
+#: Microseconds. Renewed at every checkpoint; longer than a client may keep silent.
+LEASE: Final = 150_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """An upload session and where it stands."""
+
+    id: str
+    repository: RepositoryName
+    checkpoint: Checkpoint
+
+
+def create(connection: Connection, session_id: str, repository: RepositoryName, start: Checkpoint) -> None:
+    """Open a session."""
+    at = now()
+    connection.execute(
+        insert(upload_session).values(
+            id=session_id,
+            repository=repository,
+            key=start.key,
+            algorithm=start.algorithm,
+            offset=start.offset,
+            state=start.state,
+            claimed_at=0,
+            created_at=at,
+            updated_at=at,
+        )
+    )
+
+
+def find(connection: Connection, session_id: str, repository: RepositoryName) -> Session:
+    """Return an open session, or raise `BlobUploadUnknown`."""
+    row = connection.execute(
+        select(upload_session).where(upload_session.c.id == session_id, upload_session.c.repository == repository)
+    ).first()
+    if row is None:
+        raise BlobUploadUnknown
+    return Session(row.id, row.repository, Checkpoint(row.key, row.algorithm, row.offset, row.state))
+
+
+def claim(connection: Connection, session_id: str, repository: RepositoryName, writer: str) -> Session:
+    """Make `writer` the only one who may write, and return the session.
+
+    Raises:
+        BlobUploadUnknown: there is no such session.
+        UploadConflict: another writer holds it.
+    """
+    session = find(connection, session_id, repository)
+    free = or_(upload_session.c.writer.is_(None), upload_session.c.claimed_at < now() - LEASE)
+    claimed = connection.execute(
+        update(upload_session).where(upload_session.c.id == session_id, free).values(writer=writer, claimed_at=now())
+    )
+    if not claimed.rowcount:
+        raise UploadConflict
+    return session
+
+
+def advance(connection: Connection, session_id: str, writer: str, checkpoint: Checkpoint, *, release: bool) -> None:
+    """Record how far `writer` came; with `release`, let go of the session.
+
+    Raises:
+        BlobUploadUnknown: it was cancelled meanwhile, or the claim went to somebody else.
+    """
+    at = now()
+    advanced = connection.execute(
+        update(upload_session)
+        .where(upload_session.c.id == session_id, upload_session.c.writer == writer)
+        .values(
+            offset=checkpoint.offset,
+            state=checkpoint.state,
+            writer=None if release else writer,
+            claimed_at=at,
+            updated_at=at,
+        )
+    )
+    if not advanced.rowcount:
+        raise BlobUploadUnknown
+
+
+def remove(connection: Connection, session_id: str, repository: RepositoryName) -> str:
+    """End a session and return the key of its bytes, or raise `BlobUploadUnknown`."""
+    session = find(connection, session_id, repository)
+    connection.execute(delete(upload_session).where(upload_session.c.id == session_id))
+    return session.checkpoint.key
+
+
+def sweep(connection: Connection, idle: int, limit: int = 500) -> list[str]:
+    """End sessions in which nothing happened for `idle` microseconds; return the keys of their bytes."""
+    at = now()
+    old = (
+        select(upload_session.c.id, upload_session.c.key)
+        .where(upload_session.c.updated_at < at - idle)
+        .where(or_(upload_session.c.writer.is_(None), upload_session.c.claimed_at < at - LEASE))
+        .limit(limit)
+    )
+    rows = connection.execute(old).all()
+    connection.execute(delete(upload_session).where(upload_session.c.id.in_([row.id for row in rows])))
+    return [row.key for row in rows]
+
+
+def release_all(connection: Connection) -> None:
+    """Forget every claim: for the start of the only server, when all who held one are dead."""
+    connection.execute(update(upload_session).where(upload_session.c.writer.is_not(None)).values(writer=None))
+
+
+def count(connection: Connection) -> int:
+    """Return the number of open sessions."""
+    return connection.scalar(select(func.count()).select_from(upload_session)) or 0
+
+
+def known_keys(connection: Connection, keys: list[str]) -> set[str]:
+    """Return which of `keys` belong to an open session."""
+    return set(connection.scalars(select(upload_session.c.key).where(upload_session.c.key.in_(keys))))
+
+
+def probe(connection: Connection) -> None:
+    """Prove that the database can be written to; changes nothing."""
+    connection.execute(delete(upload_session).where(upload_session.c.id == ""))

@@ -1,0 +1,164 @@
+"""The tables. What a schema change needs: an edit here, a revision in migrations/versions, a new HEAD there.
+
+    repository ──< repository_blob >── blob
+        │   └────< repository_manifest >── manifest ──< manifest_reference >── blob, manifest
+        └──< tag >── repository_manifest
+             tag_event: every move of every tag, for ever          upload_session: bytes on their way in
+
+Times are microseconds since the epoch, UTC; sizes are bytes. The foreign keys are the collector's lock: a blob
+row that a manifest points to cannot be deleted, whoever gets there first.
+"""
+
+from __future__ import annotations
+
+import time
+
+from sqlalchemy import (
+    BigInteger,
+    Boolean,
+    Column,
+    ForeignKey,
+    ForeignKeyConstraint,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    String,
+    Table,
+    Text,
+    UniqueConstraint,
+)
+
+metadata = MetaData()
+
+# SQLite numbers rows by itself only where the key is INTEGER to the letter.
+_Id = BigInteger().with_variant(Integer, "sqlite")
+
+
+def now() -> int:
+    """Return microseconds since the epoch."""
+    return time.time_ns() // 1000
+
+
+repository = Table(
+    "repository",
+    metadata,
+    Column("id", _Id, primary_key=True),
+    Column("parent_id", _Id, ForeignKey("repository.id")),
+    Column("name", String(255), nullable=False, unique=True, comment="the whole path"),
+    Column("has_content", Boolean, nullable=False, comment="False: only a folder on the way to others"),
+    Column("created_at", BigInteger, nullable=False),
+    Index("repository_parent", "parent_id"),
+)
+
+blob = Table(
+    "blob",
+    metadata,
+    Column("id", _Id, primary_key=True),
+    Column("digest", String(136), nullable=False, unique=True),
+    Column("size", BigInteger, nullable=False),
+    Column("key", Text, nullable=False, unique=True, comment="in the store; never used twice"),
+    Column("created_at", BigInteger, nullable=False),
+    Column(
+        "touched_at",
+        BigInteger,
+        nullable=False,
+        comment="a client was told that it is here; begins its grace",
+    ),
+)
+
+repository_blob = Table(
+    "repository_blob",
+    metadata,
+    Column("repository_id", _Id, ForeignKey("repository.id"), primary_key=True),
+    Column("blob_id", _Id, ForeignKey("blob.id"), primary_key=True),
+    Column("created_at", BigInteger, nullable=False),
+    Index("repository_blob_blob", "blob_id"),
+)
+
+manifest = Table(
+    "manifest",
+    metadata,
+    Column("id", _Id, primary_key=True),
+    Column("digest", String(136), nullable=False, unique=True),
+    Column("size", BigInteger, nullable=False),
+    Column("content", LargeBinary, nullable=False, comment="the exact bytes that were pushed"),
+    Column("subject", String(136), comment="digest; need not exist"),
+    Column("artifact_type", Text, nullable=False),
+    Column("annotations", Text, nullable=False, comment="JSON object, for referrers"),
+    Column("image_size", BigInteger, nullable=False, comment="configs and layers, over all platforms"),
+    Column("platforms", Text, nullable=False, comment="JSON list of os/architecture[/variant]"),
+    Column("created_at", BigInteger, nullable=False),
+    Index("manifest_subject", "subject"),
+)
+
+manifest_reference = Table(
+    "manifest_reference",
+    metadata,
+    Column("manifest_id", _Id, ForeignKey("manifest.id", ondelete="CASCADE"), primary_key=True),
+    Column("position", Integer, primary_key=True),
+    Column("relation", String(16), nullable=False, comment="config, layer or child"),
+    Column("digest", String(136), nullable=False),
+    Column("size", BigInteger, nullable=False),
+    Column("blob_id", _Id, ForeignKey("blob.id"), comment="NULL: foreign, or not pushed yet (sparse)"),
+    Column("child_id", _Id, ForeignKey("manifest.id", ondelete="SET NULL")),
+    Index("manifest_reference_blob", "blob_id"),
+    Index("manifest_reference_child", "child_id"),
+    Index("manifest_reference_digest", "digest"),
+)
+
+repository_manifest = Table(
+    "repository_manifest",
+    metadata,
+    Column("repository_id", _Id, ForeignKey("repository.id"), primary_key=True),
+    Column("manifest_id", _Id, ForeignKey("manifest.id"), primary_key=True),
+    Column("media_type", Text, nullable=False, comment="the Content-Type it was pushed with here"),
+    Column("pushed_at", BigInteger, nullable=False),
+    Column("pushed_by", Text, nullable=False),
+    Index("repository_manifest_manifest", "manifest_id"),
+)
+
+tag = Table(
+    "tag",
+    metadata,
+    Column("repository_id", _Id, primary_key=True),
+    Column("name", String(128), primary_key=True),
+    Column("manifest_id", _Id, nullable=False),
+    Column("updated_at", BigInteger, nullable=False),
+    Column("updated_by", Text, nullable=False),
+    ForeignKeyConstraint(
+        ["repository_id", "manifest_id"],
+        ["repository_manifest.repository_id", "repository_manifest.manifest_id"],
+    ),
+    Index("tag_manifest", "repository_id", "manifest_id"),
+    sqlite_with_rowid=False,
+)
+
+tag_event = Table(
+    "tag_event",
+    metadata,
+    Column("id", _Id, primary_key=True),
+    Column("repository_id", _Id, ForeignKey("repository.id"), nullable=False),
+    Column("name", String(128), nullable=False),
+    Column("digest", String(136), comment="what it points to since; NULL: deleted"),
+    Column("at", BigInteger, nullable=False),
+    Column("by", Text, nullable=False),
+    Index("tag_event_tag", "repository_id", "name", "at"),
+)
+
+upload_session = Table(
+    "upload_session",
+    metadata,
+    Column("id", String(36), primary_key=True),
+    Column("repository", String(255), nullable=False),
+    Column("key", Text, nullable=False),
+    Column("algorithm", String(16), nullable=False),
+    Column("offset", BigInteger, nullable=False),
+    Column("state", LargeBinary, nullable=False),
+    Column("writer", String(36), comment="the request that is writing now"),
+    Column("claimed_at", BigInteger, nullable=False),
+    Column("created_at", BigInteger, nullable=False),
+    Column("updated_at", BigInteger, nullable=False),
+    UniqueConstraint("key"),
+    Index("upload_session_updated", "updated_at"),
+)

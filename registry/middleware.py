@@ -1,0 +1,171 @@
+"""Around every request: its id, its errors as JSON, its numbers, its line in the log."""
+
+from __future__ import annotations
+
+import itertools
+import re
+import secrets
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any, Final
+
+import structlog
+from aiohttp import hdrs, web
+
+from registry.errors import (
+    BadRequest,
+    BlobUnknown,
+    BlobUploadUnknown,
+    DigestInvalid,
+    InternalError,
+    ManifestInvalid,
+    MetadataFull,
+    MetadataUnavailable,
+    NameInvalid,
+    NotFound,
+    OutOfRoom,
+    RegistryError,
+    SizeInvalid,
+    Unavailable,
+    Unsupported,
+    UploadConflict,
+)
+from registry.logs import Access, AccessLog
+from registry.metrics import Metrics
+from registry.responses import json_response
+from registry.transfer import is_waiting
+from storage import errors as storage_errors
+
+_Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+_REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
+
+#: What an error from below the registry means to a client.
+_MEANING: Final[dict[type[Exception], type[RegistryError]]] = {
+    storage_errors.InvalidDigest: DigestInvalid,
+    storage_errors.InvalidName: NameInvalid,
+    storage_errors.InvalidManifest: ManifestInvalid,
+    storage_errors.DigestMismatch: DigestInvalid,
+    storage_errors.UploadBusy: UploadConflict,
+    storage_errors.UploadLost: BlobUploadUnknown,
+    storage_errors.ContentMissing: BlobUnknown,
+    storage_errors.OutOfSpace: OutOfRoom,
+    MetadataFull: OutOfRoom,
+    MetadataUnavailable: Unavailable,
+}
+
+log = structlog.get_logger()
+
+
+class Observer:
+    """The only middleware."""
+
+    def __init__(self, metrics: Metrics, access_log: AccessLog | None) -> None:
+        """Count into `metrics`; log requests to `access_log`, if any."""
+        self._metrics = metrics
+        self._access_log = access_log
+        self._run = secrets.token_hex(4)
+        self._numbers = itertools.count(1)
+
+    def middleware(self) -> Any:
+        """Return what `web.Application` takes."""
+
+        @web.middleware
+        async def observe(request: web.Request, handler: _Handler) -> web.StreamResponse:
+            began = time.perf_counter()
+            request_id = self._request_id(request)
+            try:
+                response = await handler(request)
+            except Exception as error:
+                response = _render(request, error, request_id)
+            if request.path.startswith("/v2/"):
+                response.headers.setdefault("Docker-Distribution-API-Version", "registry/2.0")
+            response.headers["X-Request-Id"] = request_id
+            self._record(request, response, time.perf_counter() - began, request_id)
+            return response
+
+        return observe
+
+    def _request_id(self, request: web.Request) -> str:
+        sent = request.headers.get("X-Request-Id")
+        if sent and _REQUEST_ID.fullmatch(sent):
+            return sent
+        return f"{self._run}-{next(self._numbers):06x}"
+
+    def _record(self, request: web.Request, response: web.StreamResponse, duration: float, request_id: str) -> None:
+        bytes_in = request.get("bytes_in", 0)
+        is_empty = request.method == hdrs.METH_HEAD or response.status in (204, 304)
+        bytes_out = 0 if is_empty else response.content_length or 0
+        route = request.get("route") or _route(request)
+        self._metrics.count(route, request.method, response.status, duration, bytes_in, bytes_out)
+        if self._access_log:
+            self._access_log.add(
+                Access(
+                    at=time.time(),
+                    method=request.method,
+                    path=request.path_qs,
+                    status=response.status,
+                    bytes_in=bytes_in,
+                    bytes_out=bytes_out,
+                    duration=duration,
+                    remote=request.remote or "",
+                    request_id=request_id,
+                    agent=request.headers.get(hdrs.USER_AGENT, ""),
+                )
+            )
+
+
+def _route(request: web.Request) -> str:
+    resource = request.match_info.route.resource
+    return resource.canonical if resource is not None else "none"
+
+
+def _render(request: web.Request, error: Exception, request_id: str) -> web.StreamResponse:
+    """Turn an error into an answer; after the first byte of a body there is none to give but the end."""
+    if request.writer.output_size > 0:
+        log.warning("answer cut short", path=request.path, error=repr(error), request_id=request_id)
+        if request.transport is not None:
+            request.transport.abort()
+        raise ConnectionResetError("the answer was cut short") from error
+    known = _meaning(error)
+    if known.status >= 500:
+        _report(request, error, known, request_id)
+    body = {"errors": known.entries(), "request_id": request_id}
+    response = json_response(body, status=known.status, headers=known.headers)
+    if is_waiting(request) or known.headers.get(hdrs.CONNECTION) == "close":
+        # The body that was announced will not come, or not end: the connection cannot go on after it.
+        response.force_close()
+    return response
+
+
+def _meaning(error: Exception) -> RegistryError:
+    if isinstance(error, RegistryError):
+        return error
+    if isinstance(error, web.HTTPMethodNotAllowed):
+        return Unsupported(
+            f"{error.method} is not supported here",
+            headers={"Allow": ", ".join(sorted(error.allowed_methods))},
+        )
+    if isinstance(error, web.HTTPNotFound):
+        return NotFound()
+    if isinstance(error, web.HTTPException):
+        return BadRequest(error.reason)
+    if isinstance(error, ConnectionError | web.RequestPayloadError):
+        return SizeInvalid(f"the connection broke: {error}")
+    for kind, meaning in _MEANING.items():
+        if isinstance(error, kind):
+            return meaning(_say(error, meaning))
+    return InternalError()
+
+
+def _say(error: Exception, meaning: type[RegistryError]) -> str:
+    """Tell clients what they did; what the disk or the database said is for the log."""
+    return "" if meaning.status >= 500 else str(error)
+
+
+def _report(request: web.Request, error: Exception, known: RegistryError, request_id: str) -> None:
+    details = {"method": request.method, "path": request.path, "request_id": request_id}
+    if isinstance(known, InternalError):
+        log.error("internal error", exc_info=error, **details)
+    else:
+        log.error("request failed", error=str(error), **details)

@@ -1,0 +1,83 @@
+"""`/v2/<name>/referrers/<digest>`. [distribution-spec: end-12a, end-12b]"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import msgspec
+from aiohttp import web
+
+from registry import locations
+from registry.calls import Call
+from registry.contents import Contents
+from registry.errors import ManifestUnknown
+from registry.listings import page
+from registry.metadata import referrers
+from registry.metadata.engine import Database
+from registry.metadata.referrers import Referrer
+from registry.responses import json_response
+from storage.digest import Digest
+from storage.names import RepositoryName, referrers_tag
+from storage.oci import OCI_INDEX
+
+_Descriptor = dict[str, Any]
+#: Clients want an answer that they can read as a manifest, so it must not be larger than one.
+_PAGE_LIMIT: Final = 1000
+
+
+class Referrers:
+    """Who points to a manifest as their subject."""
+
+    def __init__(self, database: Database, contents: Contents) -> None:
+        """Merge what `database` knows with the tags of older clients, by `contents`."""
+        self._database = database
+        self._contents = contents
+
+    async def find(self, call: Call) -> web.StreamResponse:
+        """GET: an index of referrers; an empty one where there are none, never 404."""
+        subject = call.digest()
+        found = await self._database.read(referrers.find, call.repository, subject)
+        descriptors = {row.digest: _descriptor(row) for row in found}
+        for tagged in await self._tagged(call.repository, subject):
+            descriptors.setdefault(str(tagged["digest"]), tagged)
+        headers: dict[str, str] = {}
+        if wanted := call.parameter("artifactType"):
+            descriptors = {
+                digest: entry for digest, entry in descriptors.items() if entry.get("artifactType") == wanted
+            }
+            headers["OCI-Filters-Applied"] = "artifactType"
+        asked, last = page(call.request)
+        limit = min(asked, _PAGE_LIMIT)
+        digests = [digest for digest in sorted(descriptors) if digest > last]
+        if len(digests) > limit > 0:
+            parameters: dict[str, str | int] = {"n": limit, "last": digests[limit - 1]}
+            if wanted:
+                parameters["artifactType"] = wanted
+            headers["Link"] = locations.next_page(call.request, **parameters)
+        index = {
+            "schemaVersion": 2,
+            "mediaType": OCI_INDEX,
+            "manifests": [descriptors[digest] for digest in digests[:limit]],
+        }
+        return json_response(index, headers=headers, content_type=OCI_INDEX)
+
+    async def _tagged(self, name: RepositoryName, subject: Digest) -> list[_Descriptor]:
+        """Return what clients listed under the referrers tag schema, before this registry did it for them."""
+        try:
+            listed = await self._contents.manifest(name, referrers_tag(subject))
+        except ManifestUnknown:
+            return []
+        manifests = msgspec.json.decode(listed.content).get("manifests")
+        entries = [entry for entry in manifests or [] if isinstance(entry, dict)]
+        digests = [str(entry.get("digest")) for entry in entries]
+        present = await self._database.read(referrers.present, name, digests)
+        return [entry for entry in entries if entry.get("digest") in present]
+
+
+def _descriptor(row: Referrer) -> _Descriptor:
+    entry: _Descriptor = {"mediaType": row.media_type, "digest": row.digest, "size": row.size}
+    if row.artifact_type:
+        entry["artifactType"] = row.artifact_type
+    if annotations := msgspec.json.decode(row.annotations):
+        entry["annotations"] = annotations
+    return entry

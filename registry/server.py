@@ -1,0 +1,268 @@
+"""Serving: one process, or one that watches over several.
+
+The start is a straight line: lock, migrate, bind, serve. The lock keeps a second server away from the same data;
+the kernel lets go of it when the last process of the server is gone, however it died.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import os
+import signal
+import socket
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, NoReturn
+
+import structlog
+from aiohttp import web
+
+from registry.app import Process, build
+from registry.config import Settings, is_loopback, parse_listen
+from registry.errors import ConfigurationError
+from registry.logs import configure
+from registry.metadata import sessions
+from registry.metadata.engine import Database, sqlite_path
+from registry.metadata.schema import upgrade
+
+#: What the lock file says while a server runs; it stays there only if the server died.
+_RUNNING: Final = b"running\n"
+_BACKLOG: Final = 1024
+#: A worker that dies sooner than this after its start is not started again at once. Seconds.
+_RESTART_PAUSE: Final = 1.0
+
+log = structlog.get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class _Server:
+    """What all processes of a server share."""
+
+    settings: Settings
+    sockets: list[socket.socket]
+    recover: bool
+    shared: Path | None = None
+
+
+def serve(settings: Settings, announce: Callable[[str], None]) -> int:
+    """Serve until SIGTERM or SIGINT; return the exit code.
+
+    Args:
+        settings: the configuration.
+        announce: called once with the address, when requests are answered.
+
+    Raises:
+        ConfigurationError: the data is in use, the address is not to be had, the database is not ours.
+    """
+    configure(settings.log)
+    _check_directory(Path(settings.storage.filesystem.root))
+    with _exclusive(_lock_files(settings)) as recover:
+        copy = upgrade(settings.database.url)
+        if copy:
+            log.info("database upgraded", copy=copy)
+        asyncio.run(_release_sessions(settings))
+        sockets = _bind(settings)
+        url = _url(sockets[0], settings)
+        with contextlib.ExitStack() as stack:
+            if settings.server.workers == 1:
+                server = _Server(settings, sockets, recover)
+                return _run(_serve(server, Process(recover=recover), lambda: announce(url)))
+            shared = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="hythe-")))
+            return _supervise(_Server(settings, sockets, recover, shared), lambda: announce(url))
+
+
+def _check_directory(root: Path) -> None:
+    try:
+        root.mkdir(mode=0o750, parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigurationError(f"storage.filesystem.root: {root}: {error.strerror}") from None
+
+
+def _lock_files(settings: Settings) -> list[Path]:
+    root = Path(settings.storage.filesystem.root)
+    database = sqlite_path(settings.database.url)
+    return list(dict.fromkeys([root.absolute() / "hythe.lock", database.absolute().parent / "hythe.lock"]))
+
+
+@contextlib.contextmanager
+def _exclusive(paths: list[Path]) -> Iterator[bool]:
+    """Hold the locks; yield whether the last holder died without letting go."""
+    with contextlib.ExitStack() as stack:
+        died = [stack.enter_context(_locked(path)) for path in paths]
+        yield any(died)
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[bool]:
+    try:
+        path.parent.mkdir(mode=0o750, parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640)
+    except OSError as error:
+        raise ConfigurationError(f"{path}: {error.strerror}") from None
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigurationError(
+                f"another server uses the data in {path.parent}: stop it, or give this one its own with --data"
+            ) from None
+        died = os.pread(descriptor, len(_RUNNING), 0) == _RUNNING
+        os.pwrite(descriptor, _RUNNING, 0)
+        yield died
+        os.ftruncate(descriptor, 0)
+    finally:
+        os.close(descriptor)
+
+
+async def _release_sessions(settings: Settings) -> None:
+    database = Database(settings.database.url, sync=settings.database.sync)
+    try:
+        await database.note(sessions.release_all)
+    finally:
+        await database.close()
+
+
+def _bind(settings: Settings) -> list[socket.socket]:
+    host, port = parse_listen(settings.server.listen)
+    sockets: list[socket.socket] = []
+    try:
+        for family, kind, protocol, _, address in socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        ):
+            if host == "localhost" and sockets:
+                break
+            sock = socket.socket(family, kind, protocol)
+            sockets.append(sock)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:
+                sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            sock.bind(address)
+            sock.listen(_BACKLOG)
+            sock.setblocking(False)
+    except OSError as error:
+        for sock in sockets:
+            sock.close()
+        raise ConfigurationError(f"server.listen: {settings.server.listen}: {error.strerror or error}") from None
+    return sockets
+
+
+def _url(sock: socket.socket, settings: Settings) -> str:
+    host, _ = parse_listen(settings.server.listen)
+    port = sock.getsockname()[1]
+    if not is_loopback(host):
+        return f"{socket.gethostname()}:{port}"
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _run(main: object) -> int:
+    """Run `main` on uvloop where it is installed: small requests are answered half as fast again."""
+    try:
+        import uvloop
+
+        factory: Callable[[], asyncio.AbstractEventLoop] | None = uvloop.new_event_loop
+    except ImportError:
+        factory = None
+    with asyncio.Runner(loop_factory=factory) as runner:
+        return runner.run(main)  # type: ignore[arg-type]
+
+
+async def _serve(server: _Server, process: Process, ready: Callable[[], None], parent: int = -1) -> int:
+    """Serve on the sockets until told to stop, then drain.
+
+    Args:
+        server: what to serve.
+        process: which of its processes this is.
+        ready: called when requests are answered.
+        parent: a pipe whose end tells that the watching process is gone, or -1.
+    """
+    settings = server.settings
+    app = build(settings, process=process)
+    runner = web.AppRunner(
+        app,
+        access_log=None,
+        handle_signals=False,
+        shutdown_timeout=settings.server.drain_seconds,
+        keepalive_timeout=75,
+        max_field_size=16384,
+    )
+    await runner.setup()
+    for sock in server.sockets:
+        await web.SockSite(runner, sock, backlog=_BACKLOG).start()
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    if parent >= 0:
+        loop.add_reader(parent, stop.set)
+    ready()
+    await stop.wait()
+    await runner.cleanup()
+    return 0
+
+
+def _supervise(server: _Server, ready: Callable[[], None]) -> int:
+    """Start the workers, start those again that die, end them all in the end."""
+    alive, held = os.pipe()
+    children: dict[int, int] = {}
+    stopping = False
+
+    def stop(_number: int, _frame: object) -> None:
+        nonlocal stopping
+        stopping = True
+        for pid in children:
+            os.kill(pid, signal.SIGTERM)
+
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, stop)
+    for index in range(server.settings.server.workers):
+        children[_fork(server, index, alive, held, recover=server.recover)] = index
+    for sock in server.sockets:
+        sock.close()
+    ready()
+    return _watch(children, lambda: stopping, lambda index: _fork(server, index, alive, held, recover=False))
+
+
+def _watch(children: dict[int, int], stopping: Callable[[], bool], restart: Callable[[int], int]) -> int:
+    worst = 0
+    while children:
+        try:
+            pid, status = os.wait()
+        except InterruptedError:
+            continue
+        index = children.pop(pid)
+        code = os.waitstatus_to_exitcode(status)
+        if stopping():
+            worst = worst or abs(code)
+            continue
+        log.error("a worker died and is started again", worker=index, exit_code=code)
+        time.sleep(_RESTART_PAUSE)
+        if not stopping():
+            children[restart(index)] = index
+    return worst
+
+
+def _fork(server: _Server, index: int, alive: int, held: int, *, recover: bool) -> int:
+    """Start a worker and return its process id. It ends when the watching process does."""
+    pid = os.fork()
+    if not pid:
+        _work(server, index, alive, held, recover=recover)
+    return pid
+
+
+def _work(server: _Server, index: int, alive: int, held: int, *, recover: bool) -> NoReturn:
+    code = 1
+    try:
+        os.close(held)
+        process = Process(alone=False, is_first=index == 0, recover=recover, shared=server.shared)
+        code = _run(_serve(server, process, lambda: None, parent=alive))
+    except BaseException as error:
+        log.error("worker failed", worker=index, exc_info=error)
+    finally:
+        sys.stderr.flush()
+        os._exit(code)

@@ -1,0 +1,97 @@
+"""What runs beside requests: uploads that nobody goes on with are dropped, and what a crash left is cleared away.
+
+In the normal course every byte in the store has a row: a session's or a blob's. Only a process that died between
+publishing a file and committing its row leaves one without. So only after such a death the store is looked
+through, in the background, and only what is older than this process can be a leftover.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from typing import Final
+
+import structlog
+
+from registry.errors import MetadataError
+from registry.metadata import content, sessions
+from registry.metadata.engine import Database
+from storage.base import Store, StoredObject
+from storage.errors import StorageError
+
+_CHUNK: Final = 500
+
+log = structlog.get_logger()
+
+
+class Sweeper:
+    """Drops what nobody needs."""
+
+    def __init__(self, store: Store, database: Database, idle_seconds: int, sweep_seconds: int) -> None:
+        """Drop uploads idle for `idle_seconds`; look every `sweep_seconds`."""
+        self._store = store
+        self._database = database
+        self._idle = idle_seconds
+        self._pause = sweep_seconds
+        self._tasks: list[asyncio.Task[None]] = []
+
+    async def start(self, *, first: bool, recover: bool) -> None:
+        """Begin, in the process that does it for all."""
+        if not first:
+            return
+        if recover:
+            self._tasks.append(asyncio.create_task(self._recover(time.time())))
+        self._tasks.append(asyncio.create_task(self._sweep_always()))
+
+    async def stop(self) -> None:
+        """End."""
+        for task in self._tasks:
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+
+    async def sweep(self) -> int:
+        """Drop idle uploads once; return how many."""
+        dropped = 0
+        while keys := await self._database.write(sessions.sweep, self._idle * 1_000_000):
+            for key in keys:
+                await self._store.delete(key)
+            dropped += len(keys)
+        return dropped
+
+    async def clear(self, before: float) -> int:
+        """Delete stored objects without a row that were there `before` (seconds since the epoch)."""
+        cleared = 0
+        chunk: list[StoredObject] = []
+        async for found in self._store.objects():
+            if found.modified < before:
+                chunk.append(found)
+            if len(chunk) == _CHUNK:
+                cleared += await self._clear(chunk)
+                chunk = []
+        return cleared + await self._clear(chunk)
+
+    async def _clear(self, chunk: list[StoredObject]) -> int:
+        keys = [found.key for found in chunk]
+        known = await self._database.read(content.known_keys, keys)
+        known |= await self._database.read(sessions.known_keys, keys)
+        for key in set(keys) - known:
+            await self._store.delete(key)
+        return len(set(keys) - known)
+
+    async def _recover(self, started: float) -> None:
+        try:
+            cleared = await self.clear(started)
+            log.info("recovered after a crash", leftovers_deleted=cleared)
+        except (StorageError, MetadataError, OSError) as error:
+            log.error("recovery failed, it will be tried at the next start", error=str(error))
+
+    async def _sweep_always(self) -> None:
+        while True:
+            try:
+                if dropped := await self.sweep():
+                    log.info("idle uploads dropped", uploads=dropped)
+            except (StorageError, MetadataError, OSError) as error:
+                log.error("sweep failed", error=str(error))
+            await asyncio.sleep(self._pause)

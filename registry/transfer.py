@@ -1,0 +1,261 @@
+"""Bytes between socket and store: in large pieces, in few hops, and never more of them in memory than allowed."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import select
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Final
+
+from aiohttp import StreamReader, hdrs, web
+from multidict import CIMultiDict
+
+from registry.errors import RequestTimeout, SizeInvalid, TooManyRequests
+from storage.base import Content, Upload
+from storage.errors import ContentMissing
+from storage.threads import run
+
+#: Bytes handed to the store in one job, as long as the buffers allow it.
+_PIECE_SIZE: Final = 1 << 20
+_PIECE_MINIMUM: Final = 64 << 10
+#: Content up to this size is read and sent like any other response; above it the kernel sends the file.
+_INLINE_SIZE: Final = 64 << 10
+_SENDFILE_SIZE: Final = 8 << 20
+#: How long a thread waits for a socket before it goes back to the pool, in milliseconds.
+_PATIENCE: Final = 50
+
+
+class Receiver:
+    """Takes request bodies in, within one budget of memory for all of them."""
+
+    def __init__(self, concurrent: int, buffer_bytes: int, stall_seconds: float) -> None:
+        """Allow `concurrent` bodies at once, `buffer_bytes` for all, and silence of `stall_seconds`."""
+        self._limit = concurrent
+        self._budget = buffer_bytes
+        self._stall = stall_seconds
+        self._active = 0
+
+    @asynccontextmanager
+    async def slot(self) -> AsyncIterator[None]:
+        """Be one of the bodies, or raise `TooManyRequests`."""
+        if self._active >= self._limit:
+            raise TooManyRequests("too many uploads at once: try again later", headers={"Retry-After": "5"})
+        self._active += 1
+        try:
+            yield
+        finally:
+            self._active -= 1
+
+    async def pieces(self, request: web.Request) -> AsyncIterator[list[bytes]]:
+        """Yield the body in lists of pieces, each list as large as the budget allows now.
+
+        A body that ends early yields what came and raises afterwards.
+
+        Raises:
+            SizeInvalid: the body ended before its announced end.
+            RequestTimeout: no bytes came for too long.
+        """
+        await _continue(request)
+        gathered: list[bytes] = []
+        size = 0
+        failure: Exception | None = None
+        while failure is None:
+            try:
+                piece = await self._next(request.content)
+            except RequestTimeout as error:
+                failure = error
+            except (web.RequestPayloadError, ConnectionError, asyncio.IncompleteReadError) as error:
+                failure = SizeInvalid(f"the body ended early: {error}")
+            else:
+                if not piece:
+                    break
+                gathered.append(piece)
+                size += len(piece)
+                if size >= self._piece_size():
+                    yield gathered
+                    gathered, size = [], 0
+        if gathered:
+            yield gathered
+        if failure is not None:
+            raise failure
+
+    async def _next(self, content: StreamReader) -> bytes:
+        try:
+            async with asyncio.timeout(self._stall):
+                return await content.readany()
+        except TimeoutError:
+            raise RequestTimeout(headers={hdrs.CONNECTION: "close"}) from None
+
+    def _piece_size(self) -> int:
+        """Two buffers for each body: one fills while the other is hashed and written."""
+        return max(_PIECE_MINIMUM, min(_PIECE_SIZE, self._budget // (2 * max(1, self._active))))
+
+
+class Appender:
+    """Feeds an upload while the next piece arrives: at most one write is under way."""
+
+    def __init__(self, upload: Upload) -> None:
+        self._upload = upload
+        self._writing: asyncio.Task[None] | None = None
+
+    async def write(self, pieces: list[bytes]) -> None:
+        """Begin to write `pieces` once the former ones are written; raises what befell those."""
+        await self.flush()
+        self._writing = asyncio.create_task(self._upload.write(pieces))
+
+    async def flush(self) -> None:
+        """Wait until all is written."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            await writing
+
+
+async def _continue(request: web.Request) -> None:
+    """Invite the body only now, when nothing stands against it. [RFC 9110, 10.1.1]"""
+    if is_waiting(request) and request.transport is not None:
+        request["continued"] = True
+        request.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+
+
+def is_waiting(request: web.Request) -> bool:
+    """Return whether the client holds its body back until it is invited."""
+    return request.headers.get(hdrs.EXPECT, "").lower() == "100-continue" and "continued" not in request
+
+
+async def read_limited(request: web.Request, receiver: Receiver, limit: int) -> bytes | None:
+    """Return a whole body of at most `limit` bytes, or None for a longer one."""
+    if (request.content_length or 0) > limit:
+        return None
+    body = bytearray()
+    async for pieces in receiver.pieces(request):
+        for piece in pieces:
+            body += piece
+        if len(body) > limit:
+            return None
+    return bytes(body)
+
+
+class Sender:
+    """Sends content: the kernel moves a file to a socket in a thread; anything else passes through us.
+
+    The event loop's own sendfile is not used: uvloop has none, and a thread that stays with a fast client spares
+    a wake-up of the loop for each filled socket buffer.
+    """
+
+    def __init__(self, threads: int, stall_seconds: float) -> None:
+        """Send with up to `threads` threads; drop clients that take nothing for `stall_seconds`."""
+        self._threads = ThreadPoolExecutor(threads, "send")
+        self._stall = stall_seconds
+
+    async def send(
+        self,
+        request: web.Request,
+        content: Content,
+        start: int,
+        stop: int,
+        status: int,
+        headers: CIMultiDict[str],
+    ) -> web.StreamResponse:
+        """Answer `request` with the bytes from `start` up to but not including `stop`."""
+        size = stop - start
+        response = web.StreamResponse(status=status, headers=headers)
+        if content.path is None:
+            return await self._stream(request, content, start, stop, response)
+        opened = await run(self._threads, _open, content.path, start, size)
+        if isinstance(opened, bytes):
+            return web.Response(body=opened, status=status, headers=headers)
+        try:
+            if request.transport is None or request.transport.get_extra_info("sslcontext"):
+                return await self._stream(request, content, start, stop, response)
+            response.content_length = size
+            await response.prepare(request)
+            await self._send_file(request.transport, opened, start, stop)
+            await response.write_eof()
+        finally:
+            os.close(opened)
+        return response
+
+    async def close(self) -> None:
+        """End the threads."""
+        await asyncio.to_thread(self._threads.shutdown)
+
+    async def _stream(
+        self, request: web.Request, content: Content, start: int, stop: int, response: web.StreamResponse
+    ) -> web.StreamResponse:
+        response.content_length = stop - start
+        await response.prepare(request)
+        async for piece in content.read(start, stop):
+            await response.write(piece)
+        await response.write_eof()
+        return response
+
+    async def _send_file(self, transport: asyncio.Transport, file: int, start: int, stop: int) -> None:
+        sock = transport.get_extra_info("socket")
+        # A descriptor of our own: the loop may close its one at any moment, and numbers are used again.
+        target = os.dup(sock.fileno())
+        try:
+            while transport.get_write_buffer_size():
+                await self._writable(target)
+            while start < stop:
+                sent = await run(self._threads, _send_some, target, file, start, stop)
+                start += sent
+                if start < stop:
+                    await self._writable(target)
+        finally:
+            os.close(target)
+
+    async def _writable(self, target: int) -> None:
+        loop = asyncio.get_running_loop()
+        ready = loop.create_future()
+        loop.add_writer(target, _wake, ready)
+        try:
+            async with asyncio.timeout(self._stall):
+                await ready
+        except TimeoutError:
+            raise ConnectionResetError("the client took nothing for too long") from None
+        finally:
+            loop.remove_writer(target)
+
+
+def _wake(waiting: asyncio.Future[None]) -> None:
+    if not waiting.done():
+        waiting.set_result(None)
+
+
+def _open(path: Path, start: int, size: int) -> int | bytes:
+    """Return small content itself, and a descriptor for large content: one hop for either."""
+    try:
+        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        raise ContentMissing(f"no file {path.name}") from None
+    if size > _INLINE_SIZE:
+        return file
+    try:
+        content = os.pread(file, size, start)
+    finally:
+        os.close(file)
+    if len(content) < size:
+        raise ContentMissing(f"{path.name} is shorter than its row says")
+    return content
+
+
+def _send_some(target: int, file: int, start: int, stop: int) -> int:
+    """Send until all is sent or the socket stays full for a moment; return the bytes sent."""
+    position = start
+    poll = select.poll()
+    poll.register(target, select.POLLOUT)
+    while position < stop:
+        try:
+            sent = os.sendfile(target, file, position, min(_SENDFILE_SIZE, stop - position))
+        except BlockingIOError:
+            if not poll.poll(_PATIENCE):
+                break
+            continue
+        if not sent:
+            raise ContentMissing("the file ended before its row says")
+        position += sent
+    return position - start

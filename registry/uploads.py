@@ -1,0 +1,246 @@
+"""`/v2/<name>/blobs/uploads/`: pushing blobs. [distribution-spec: end-4a, 4b, 5, 6, 11, 13, 14]
+
+    POST ──► session (row) ──► PATCH … PATCH ──► PUT ?digest= ──► blob
+       └─ ?digest= with a body: all of it in one request
+       └─ ?mount=: nothing to send, or else a session
+
+A request that sends bytes claims the session's row, appends under the upload's own key, and lets go of the row
+with the new offset and digest-so-far. Bytes before row: a blob is durable in the store before its row is
+committed, and the row before the client hears 201.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+from typing import Final
+
+from aiohttp import hdrs, web
+
+from registry import locations
+from registry.access import Access, Right
+from registry.calls import Call
+from registry.errors import BlobUploadUnknown, ChunkOutOfOrder, DigestInvalid, SizeInvalid
+from registry.metadata import content, sessions
+from registry.metadata.content import StoredBlob
+from registry.metadata.engine import Database
+from registry.metadata.sessions import Session
+from registry.ranges import parse_chunk
+from registry.transfer import Appender, Receiver
+from storage.base import Store, Upload
+from storage.digest import CANONICAL, Digest, check_algorithm
+from storage.errors import DigestMismatch, UploadLost
+from storage.names import RepositoryName, parse_repository
+
+#: After so many bytes, or so many seconds, a long request notes how far it came: for clients that can resume.
+_CHECKPOINT_SIZE: Final = 64 << 20
+_CHECKPOINT_SECONDS: Final = 20.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Claim:
+    """A session that this request alone writes to, and its bytes."""
+
+    session: Session
+    writer: str
+    upload: Upload
+
+
+class Uploads:
+    """Blobs on their way in."""
+
+    def __init__(self, store: Store, database: Database, receiver: Receiver, access: Access) -> None:
+        """Take bytes by `receiver` into `store`; `access` is asked about the source of a mount."""
+        self._store = store
+        self._database = database
+        self._receiver = receiver
+        self._access = access
+
+    async def start(self, call: Call) -> web.StreamResponse:
+        """POST: a mount [end-11], a whole blob [end-4b], or a new session [end-4a]."""
+        mounted = call.parameter("mount")
+        if mounted is not None and await self._mount(call, Digest.parse(mounted)):
+            return _created(call, Digest.parse(mounted))
+        wanted = call.parameter("digest")
+        digest = Digest.parse(wanted) if wanted is not None else None
+        algorithm = check_algorithm(call.parameter("digest-algorithm") or (digest and digest.algorithm) or CANONICAL)
+        session_id = str(uuid.uuid4())
+        start = self._store.begin(session_id, algorithm)
+        await self._database.note(sessions.create, session_id, call.repository, start)
+        if digest is not None:
+            return await self._finish(call, session_id, digest)
+        return _accepted(call, session_id, 0)
+
+    async def status(self, call: Call) -> web.StreamResponse:
+        """GET: how far the upload is. [end-13]"""
+        session = await self._database.read(sessions.find, call.argument, call.repository)
+        return _accepted(call, session.id, session.checkpoint.offset, status=204)
+
+    async def append(self, call: Call) -> web.StreamResponse:
+        """PATCH: more bytes, in a chunk or a stream. [end-5]"""
+        async with self._receiver.slot(), self._claimed(call, call.argument) as claim:
+            await self._receive(call, claim)
+            await self._let_go(claim)
+        return _accepted(call, claim.session.id, claim.upload.offset)
+
+    async def finish(self, call: Call) -> web.StreamResponse:
+        """PUT: perhaps the last bytes, and what all of them must be. [end-6]"""
+        wanted = call.parameter("digest")
+        if wanted is None:
+            raise DigestInvalid("the closing PUT needs ?digest=<algorithm>:<hex>")
+        return await self._finish(call, call.argument, Digest.parse(wanted))
+
+    async def cancel(self, call: Call) -> web.StreamResponse:
+        """DELETE: forget the upload. [end-14]"""
+        key = await self._database.note(sessions.remove, call.argument, call.repository)
+        await self._store.delete(key)
+        return web.Response(status=204)
+
+    async def _finish(self, call: Call, session_id: str, digest: Digest) -> web.StreamResponse:
+        async with self._receiver.slot(), self._claimed(call, session_id) as claim:
+            await self._receive(call, claim)
+            await self._publish(call.repository, claim, digest)
+        return _created(call, digest)
+
+    async def _mount(self, call: Call, digest: Digest) -> bool:
+        """Take the blob over from `from`, or from any repository that the client may pull from."""
+        named = call.parameter("from")
+        if named is not None:
+            sources = [parse_repository(named)]
+        else:
+            sources = [RepositoryName(name) for name in await self._database.read(content.holders, digest)]
+        for source in sources:
+            if self._access.may(call.identity, source, Right.PULL):
+                return await self._database.write(content.mount_blob, source, call.repository, digest)
+        return False
+
+    @asynccontextmanager
+    async def _claimed(self, call: Call, session_id: str) -> AsyncIterator[_Claim]:
+        """Hold the session; if the request fails, let go of it with what was received."""
+        writer = str(uuid.uuid4())
+        session = await self._database.note(sessions.claim, session_id, call.repository, writer)
+        try:
+            upload = await self._store.resume(session.checkpoint)
+        except UploadLost as error:
+            await self._end(session)
+            raise BlobUploadUnknown(f"this upload cannot go on: {error}") from None
+        except BaseException:
+            await self._database.note(sessions.advance, session_id, writer, session.checkpoint, release=True)
+            raise
+        claim = _Claim(session, writer, upload)
+        try:
+            yield claim
+        except DigestMismatch:
+            # What arrived is not what was announced: no request can mend that.
+            await upload.abort()
+            await self._end(session)
+            raise
+        except BlobUploadUnknown:
+            await upload.suspend()
+            await self._drop(session.checkpoint.key)
+            raise
+        except BaseException:
+            await self._let_go(claim)
+            raise
+
+    async def _end(self, session: Session) -> None:
+        with suppress(BlobUploadUnknown):
+            await self._database.note(sessions.remove, session.id, session.repository)
+
+    async def _let_go(self, claim: _Claim) -> None:
+        # The file first: whoever claims the row next must not find it locked.
+        checkpoint = claim.upload.checkpoint()
+        await claim.upload.suspend()
+        await self._database.note(sessions.advance, claim.session.id, claim.writer, checkpoint, release=True)
+
+    async def _receive(self, call: Call, claim: _Claim) -> None:
+        """Append the body; what came of it is kept even if it ends early."""
+        expected = _check_chunk(call, claim)
+        appender = Appender(claim.upload)
+        noted_offset, noted_at = claim.upload.offset, time.monotonic()
+        received = 0
+        try:
+            async for pieces in self._receiver.pieces(call.request):
+                received += sum(map(len, pieces))
+                await appender.write(pieces)
+                due = received - noted_offset >= _CHECKPOINT_SIZE
+                if due or time.monotonic() - noted_at >= _CHECKPOINT_SECONDS:
+                    await appender.flush()
+                    await self._note(claim)
+                    noted_offset, noted_at = received, time.monotonic()
+        finally:
+            call.request["bytes_in"] = received
+            await appender.flush()
+        if expected is not None and received != expected:
+            raise SizeInvalid(f"Content-Range announced {expected} bytes, {received} came")
+
+    async def _note(self, claim: _Claim) -> None:
+        await self._database.note(
+            sessions.advance, claim.session.id, claim.writer, claim.upload.checkpoint(), release=False
+        )
+
+    async def _publish(self, name: RepositoryName, claim: _Claim, digest: Digest) -> None:
+        await claim.upload.verify(digest)
+        session_id, writer = claim.session.id, claim.writer
+        if await self._database.read(content.exists_anywhere, digest) and await self._database.write(
+            content.finish_with_existing, session_id, writer, name, digest
+        ):
+            await claim.upload.abort()
+            return
+        size = claim.upload.offset
+        key = await claim.upload.commit(digest)
+        is_ours = False
+        try:
+            is_ours = await self._database.write(
+                content.finish_upload, session_id, writer, name, digest, StoredBlob(key, size)
+            )
+        finally:
+            if not is_ours:
+                await self._drop(key)
+
+    async def _drop(self, key: str) -> None:
+        """Delete bytes that nobody needs, unless a row came to name them all the same."""
+        known = await self._database.read(content.known_keys, [key])
+        if key not in known | await self._database.read(sessions.known_keys, [key]):
+            await self._store.delete(key)
+
+
+def _check_chunk(call: Call, claim: _Claim) -> int | None:
+    """Return how many bytes the chunk announces, None for a stream; raises `ChunkOutOfOrder`."""
+    header = call.request.headers.get(hdrs.CONTENT_RANGE)
+    if header is None:
+        return None
+    start, stop = parse_chunk(header, call.request.content_length)
+    offset = claim.upload.offset
+    if start != offset:
+        raise ChunkOutOfOrder(
+            f"the chunk begins at {start}, the upload stands at {offset}",
+            headers=_progress(call, claim.session.id, offset),
+        )
+    return stop - start
+
+
+def _progress(call: Call, session_id: str, offset: int) -> dict[str, str]:
+    return {
+        hdrs.LOCATION: locations.upload(call.request, call.repository, session_id),
+        # A range has no way to say "nothing yet"; clients know 0-0 from the first registries on.
+        hdrs.RANGE: f"0-{max(0, offset - 1)}",
+        "Docker-Upload-UUID": session_id,
+    }
+
+
+def _accepted(call: Call, session_id: str, offset: int, status: int = 202) -> web.Response:
+    return web.Response(status=status, headers=_progress(call, session_id, offset))
+
+
+def _created(call: Call, digest: Digest) -> web.Response:
+    return web.Response(
+        status=201,
+        headers={
+            hdrs.LOCATION: locations.blob(call.request, call.repository, digest),
+            "Docker-Content-Digest": str(digest),
+        },
+    )

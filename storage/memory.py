@@ -1,0 +1,112 @@
+"""A store in memory, for tests."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+
+from storage.base import Checkpoint, StoredObject
+from storage.digest import Digest
+from storage.errors import ContentMissing, DigestMismatch, OutOfSpace, UploadBusy, UploadLost
+
+
+class MemoryStore:
+    """A store in a dictionary. [storage/base.py has the contract]"""
+
+    def __init__(self, capacity: int = 1 << 30) -> None:
+        """Hold at most `capacity` bytes; set it lower to see a full disk."""
+        self.capacity = capacity
+        self._bytes: dict[str, bytes] = {}
+        self._modified: dict[str, float] = {}
+        self._held: set[str] = set()
+
+    def begin(self, name: str, algorithm: str) -> Checkpoint:
+        return Checkpoint(f"uploads/{name}", algorithm)
+
+    async def resume(self, checkpoint: Checkpoint) -> _MemoryUpload:
+        if checkpoint.key in self._held:
+            raise UploadBusy("another request is writing to this upload")
+        present = self._bytes.get(checkpoint.key, None if checkpoint.offset else b"")
+        if present is None or len(present) < checkpoint.offset:
+            raise UploadLost("the bytes of this upload are gone")
+        self._put(checkpoint.key, present[: checkpoint.offset])
+        self._held.add(checkpoint.key)
+        return _MemoryUpload(self, checkpoint)
+
+    def open(self, key: str) -> _MemoryContent:
+        return _MemoryContent(self._bytes, key)
+
+    async def delete(self, key: str) -> None:
+        self._bytes.pop(key, None)
+
+    async def objects(self) -> AsyncIterator[StoredObject]:
+        for key, content in list(self._bytes.items()):
+            yield StoredObject(key, len(content), self._modified[key])
+
+    async def probe(self) -> None:
+        if sum(map(len, self._bytes.values())) >= self.capacity:
+            raise OutOfSpace("no space left for blobs")
+
+    async def close(self) -> None:
+        self._bytes.clear()
+
+    def _put(self, key: str, content: bytes) -> None:
+        others = sum(len(value) for name, value in self._bytes.items() if name != key)
+        if others + len(content) > self.capacity:
+            raise OutOfSpace("no space left for blobs")
+        self._bytes[key] = content
+        self._modified[key] = time.time()
+
+
+class _MemoryUpload:
+    def __init__(self, store: MemoryStore, checkpoint: Checkpoint) -> None:
+        self._store = store
+        self._start = checkpoint
+
+    @property
+    def _content(self) -> bytes:
+        return self._store._bytes.get(self._start.key, b"")
+
+    @property
+    def offset(self) -> int:
+        return len(self._content)
+
+    async def write(self, pieces: Sequence[bytes]) -> None:
+        self._store._put(self._start.key, self._content + b"".join(pieces))
+
+    def checkpoint(self) -> Checkpoint:
+        return Checkpoint(self._start.key, self._start.algorithm, self.offset)
+
+    async def verify(self, digest: Digest) -> None:
+        actual = Digest.of(self._content, digest.algorithm)
+        if actual != digest:
+            raise DigestMismatch(digest, actual)
+
+    async def commit(self, digest: Digest) -> str:
+        await self.verify(digest)
+        content = self._content
+        await self.abort()
+        key = f"blobs/{digest.algorithm}/{digest.hex[:2]}/{digest.hex}.{self._start.key.removeprefix('uploads/')}"
+        self._store._put(key, content)
+        return key
+
+    async def suspend(self) -> None:
+        self._store._held.discard(self._start.key)
+
+    async def abort(self) -> None:
+        self._store._held.discard(self._start.key)
+        self._store._bytes.pop(self._start.key, None)
+
+
+class _MemoryContent:
+    def __init__(self, stored: dict[str, bytes], key: str) -> None:
+        self.path: Path | None = None
+        self._stored = stored
+        self._key = key
+
+    async def read(self, start: int, stop: int) -> AsyncIterator[bytes]:
+        content = self._stored.get(self._key)
+        if content is None or len(content) < stop:
+            raise ContentMissing(f"nothing of {stop} bytes under {self._key}")
+        yield content[start:stop]

@@ -1,0 +1,92 @@
+"""What all tests share: a registry in this process, a server in its own, and the check that nothing is left over."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from pathlib import Path
+
+import msgspec
+import psutil
+import pytest
+from aiohttp.test_utils import TestClient, TestServer
+
+from registry.app import build
+from registry.config import Settings, load
+from registry.metadata.schema import upgrade
+from tests.services.processes import HytheServer, hythe_server
+
+Client = TestClient  # aiohttp's, over a real socket
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _nothing_left_over() -> Iterator[None]:
+    """Fail the run if processes or mounts outlive it."""
+    mounts = Path("/proc/self/mountinfo").read_text()
+    yield
+    leftovers = [child.cmdline() for child in psutil.Process().children(recursive=True)]
+    assert not leftovers, f"processes left over: {leftovers}"
+    now = Path("/proc/self/mountinfo").read_text()
+    extra = set(now.splitlines()) - set(mounts.splitlines())
+    assert not extra, f"mounts left over: {extra}"
+
+
+def needs(*programs: str) -> pytest.MarkDecorator:
+    """Skip, with the reason, where a program is not installed; `make test` installs all of them."""
+    missing = [program for program in programs if shutil.which(program) is None]
+    return pytest.mark.skipif(bool(missing), reason=f"not installed: {', '.join(missing)}")
+
+
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root: it mounts, or runs dockerd")
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    """The defaults, with the data in a directory of this test."""
+    return load(
+        None,
+        {},
+        {
+            "storage.filesystem.root": str(tmp_path / "data"),
+            "database.url": f"sqlite:///{tmp_path / 'data' / 'hythe.db'}",
+            "log.access": "false",
+        },
+    )
+
+
+Start = Callable[..., Awaitable[TestClient]]
+
+
+@pytest.fixture
+async def start(settings: Settings) -> AsyncIterator[Start]:
+    """Start registries in this process: `client = await start(registry={"delete": False})`."""
+    clients: list[TestClient] = []
+
+    async def start_one(**tables: dict[str, object]) -> TestClient:
+        tree = msgspec.to_builtins(settings)
+        for name, values in tables.items():
+            tree[name] |= values
+        changed = msgspec.convert(tree, Settings)
+        upgrade(changed.database.url)
+        client = TestClient(TestServer(build(changed)))
+        await client.start_server()
+        clients.append(client)
+        return client
+
+    yield start_one
+    for client in clients:
+        await client.close()
+
+
+@pytest.fixture
+async def client(start: Start) -> TestClient:
+    """A registry in this process with the default settings."""
+    return await start()
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[HytheServer]:
+    """A registry in a process of its own with the default settings."""
+    with hythe_server(tmp_path) as running:
+        yield running
