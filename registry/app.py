@@ -84,7 +84,7 @@ def build(settings: Settings, *, process: Process | None = None, store: Store | 
     )
     observer = Observer(metrics, access_log)
     app = web.Application(middlewares=[observer.middleware()])
-    app.router.add_route("*", "/v2/{path:.*}", Dispatcher(table, access), expect_handler=_uninvited)
+    app.router.add_route("*", "/v2/{path:.*}", Dispatcher(table, access).handle, expect_handler=_uninvited)
     app.router.add_get("/v2", _to_base)
     app.router.add_routes(Browse(database, contents, access, delete=settings.registry.delete).routes())
     app.router.add_routes(Health(database, store, metrics).routes())

@@ -27,7 +27,7 @@ class Dispatcher:
         self._table = table
         self._access = access
 
-    async def __call__(self, request: web.Request) -> web.StreamResponse:
+    async def handle(self, request: web.Request) -> web.StreamResponse:
         """Answer a request."""
         route = match(request.path[_PREFIX_LENGTH:])
         if route is None:

@@ -15,9 +15,8 @@ from aiohttp.test_utils import TestClient, TestServer
 from registry.app import build
 from registry.config import Settings, load
 from registry.metadata.schema import upgrade
+from tests.content import Client
 from tests.services.processes import HytheServer, hythe_server
-
-Client = TestClient  # aiohttp's, over a real socket
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -55,15 +54,15 @@ def settings(tmp_path: Path) -> Settings:
     )
 
 
-Start = Callable[..., Awaitable[TestClient]]
+Start = Callable[..., Awaitable[Client]]
 
 
 @pytest.fixture
 async def start(settings: Settings) -> AsyncIterator[Start]:
     """Start registries in this process: `client = await start(registry={"delete": False})`."""
-    clients: list[TestClient] = []
+    clients: list[Client] = []
 
-    async def start_one(**tables: dict[str, object]) -> TestClient:
+    async def start_one(**tables: dict[str, object]) -> Client:
         tree = msgspec.to_builtins(settings)
         for name, values in tables.items():
             tree[name] |= values
@@ -80,7 +79,7 @@ async def start(settings: Settings) -> AsyncIterator[Start]:
 
 
 @pytest.fixture
-async def client(start: Start) -> TestClient:
+async def client(start: Start) -> Client:
     """A registry in this process with the default settings."""
     return await start()
 

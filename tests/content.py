@@ -8,11 +8,14 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlencode
 
-from aiohttp import ClientResponse
+from aiohttp import ClientResponse, web
 from aiohttp.test_utils import TestClient
 
 from storage.digest import Digest
 from storage.oci import OCI_CONFIG, OCI_INDEX, OCI_MANIFEST
+
+#: A client of a registry in this process, over a real socket.
+Client = TestClient[web.Request, web.Application]
 
 LAYER = "application/vnd.oci.image.layer.v1.tar"
 
@@ -69,7 +72,7 @@ def make_index(*images: Image, **more: Any) -> bytes:
 class Pusher:
     """Pushes to one repository through a test client, and expects it to work."""
 
-    client: TestClient
+    client: Client
     repository: str = "org/team/app"
     pushed: list[str] = field(default_factory=list)
 

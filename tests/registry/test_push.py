@@ -1,9 +1,7 @@
-from aiohttp.test_utils import TestClient
-
-from tests.content import Pusher
+from tests.content import Client, Pusher
 
 
-async def test_an_image_is_pushed_and_pulled(client: TestClient) -> None:
+async def test_an_image_is_pushed_and_pulled(client: Client) -> None:
     push = Pusher(client)
     image = await push.image("v1")
     async with client.get("/v2/org/team/app/manifests/v1") as response:
