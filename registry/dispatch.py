@@ -9,6 +9,7 @@ from aiohttp import web
 from registry.access import Access, Identity, Right
 from registry.calls import Call, Handler
 from registry.errors import Denied, NotFound, Unsupported
+from registry.responses import ROUTE
 from registry.routes import Endpoint, match
 from storage.names import RepositoryName, parse_repository
 
@@ -32,7 +33,7 @@ class Dispatcher:
         route = match(request.path[_PREFIX_LENGTH:])
         if route is None:
             raise NotFound
-        request["route"] = route.endpoint.name.lower()
+        request[ROUTE] = route.endpoint.name.lower()
         methods = self._table[route.endpoint]
         try:
             handler, right = methods[request.method]

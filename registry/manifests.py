@@ -20,6 +20,7 @@ from registry.errors import (
     TooManyTags,
 )
 from registry.metadata.content import PushedManifest, StoredManifest
+from registry.responses import BYTES_IN
 from registry.transfer import Receiver, read_limited
 from storage.base import Store
 from storage.digest import Digest
@@ -70,7 +71,7 @@ class Manifests:
             body = await read_limited(call.request, self._receiver, self._settings.manifest_bytes)
         if body is None:
             raise ManifestTooLarge(f"a manifest may have {self._settings.manifest_bytes} bytes here")
-        call.request["bytes_in"] = len(body)
+        call.request[BYTES_IN] = len(body)
         digest = _digest_of(body, reference)
         facts = parse_manifest(body, content_type)
         pushed = PushedManifest(facts, digest, body, await self._platforms(call.repository, facts))

@@ -32,7 +32,7 @@ from registry.errors import (
 )
 from registry.logs import Access, AccessLog
 from registry.metrics import Metrics
-from registry.responses import json_response
+from registry.responses import BYTES_IN, ROUTE, json_response
 from registry.transfer import is_waiting
 from storage import errors as storage_errors
 
@@ -93,10 +93,10 @@ class Observer:
         return f"{self._run}-{next(self._numbers):06x}"
 
     def _record(self, request: web.Request, response: web.StreamResponse, duration: float, request_id: str) -> None:
-        bytes_in = request.get("bytes_in", 0)
+        bytes_in = request.get(BYTES_IN, 0)
         is_empty = request.method == hdrs.METH_HEAD or response.status in (204, 304)
         bytes_out = 0 if is_empty else response.content_length or 0
-        route = request.get("route") or _route(request)
+        route = request.get(ROUTE) or _route(request)
         self._metrics.count(route, request.method, response.status, duration, bytes_in, bytes_out)
         if self._access_log:
             self._access_log.add(

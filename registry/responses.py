@@ -1,12 +1,19 @@
-"""JSON answers."""
+"""JSON answers, and what a request learns about itself on its way to one."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 from aiohttp import web
+
+#: Which endpoint it was for, for metrics.
+ROUTE: Final = web.RequestKey("route", str)
+#: Bytes of its body that were taken in.
+BYTES_IN: Final = web.RequestKey("bytes_in", int)
+#: Whether its body was invited. [RFC 9110, 10.1.1]
+INVITED: Final = web.RequestKey("invited", bool)
 
 
 def json_response(

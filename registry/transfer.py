@@ -15,6 +15,7 @@ from aiohttp import StreamReader, hdrs, web
 from multidict import CIMultiDict
 
 from registry.errors import RequestTimeout, SizeInvalid, TooManyRequests
+from registry.responses import INVITED
 from storage.base import Content, Upload
 from storage.errors import ContentMissing
 from storage.threads import run
@@ -117,13 +118,13 @@ class Appender:
 async def _continue(request: web.Request) -> None:
     """Invite the body only now, when nothing stands against it. [RFC 9110, 10.1.1]"""
     if is_waiting(request) and request.transport is not None:
-        request["continued"] = True
+        request[INVITED] = True
         request.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
 
 def is_waiting(request: web.Request) -> bool:
     """Return whether the client holds its body back until it is invited."""
-    return request.headers.get(hdrs.EXPECT, "").lower() == "100-continue" and "continued" not in request
+    return request.headers.get(hdrs.EXPECT, "").lower() == "100-continue" and INVITED not in request
 
 
 async def read_limited(request: web.Request, receiver: Receiver, limit: int) -> bytes | None:

@@ -29,6 +29,7 @@ from registry.metadata.content import StoredBlob
 from registry.metadata.engine import Database
 from registry.metadata.sessions import Session
 from registry.ranges import parse_chunk
+from registry.responses import BYTES_IN
 from registry.transfer import Appender, Receiver
 from storage.base import Store, Upload
 from storage.digest import CANONICAL, Digest, check_algorithm
@@ -172,7 +173,7 @@ class Uploads:
                     await self._note(claim)
                     noted_offset, noted_at = received, time.monotonic()
         finally:
-            call.request["bytes_in"] = received
+            call.request[BYTES_IN] = received
             await appender.flush()
         if expected is not None and received != expected:
             raise SizeInvalid(f"Content-Range announced {expected} bytes, {received} came")
