@@ -1,0 +1,350 @@
+"""What every driver does. [storage/base.py]"""
+
+from __future__ import annotations
+
+import asyncio
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from storage.base import Store
+from storage.digest import Digest
+from storage.errors import ContentMissing, DigestMismatch, OutOfSpace, UploadBusy, UploadLost
+from tests.services.processes import wait_until
+from tests.storage.conftest import DRIVERS, Room, begun, keys, read, stored, suspended
+
+CONTENT = bytes(range(256)) * 5000
+#: The clock that stamps files; `time` has no name for it. [clock_gettime(2)]
+CLOCK_REALTIME_COARSE = 5
+both_algorithms = pytest.mark.parametrize("algorithm", ["sha256", "sha512"])
+
+
+async def test_beginning_an_upload_touches_nothing(store: Store) -> None:
+    checkpoint = store.begin("one", "sha256")
+    assert (checkpoint.algorithm, checkpoint.offset) == ("sha256", 0)
+    assert await keys(store) == set()
+
+
+@both_algorithms
+async def test_what_is_written_and_committed_is_read_back(store: Store, algorithm: str) -> None:
+    upload = await store.resume(store.begin("one", algorithm))
+    await upload.write([CONTENT[:10], b"", CONTENT[10:1000]])
+    await upload.write([])
+    await upload.write([CONTENT[1000:]])
+    assert upload.offset == len(CONTENT)
+    key = await upload.commit(Digest.of(CONTENT, algorithm))
+    assert await read(store, key, 0, len(CONTENT)) == CONTENT
+    assert await keys(store) == {key}
+
+
+async def test_more_pieces_than_one_system_call_takes_are_written_in_order(store: Store) -> None:
+    pieces = [bytes([number % 251]) * (number % 7) for number in range(3000)]
+    upload = await store.resume(store.begin("one", "sha256"))
+    await upload.write(pieces)
+    content = b"".join(pieces)
+    assert upload.offset == len(content)
+    key = await upload.commit(Digest.of(content))
+    assert await read(store, key, 0, len(content)) == content
+
+
+async def test_an_empty_blob_is_a_blob(store: Store) -> None:
+    key = await stored(store, b"")
+    assert await read(store, key, 0, 0) == b""
+    assert await keys(store) == {key}
+
+
+@pytest.mark.parametrize("part", [(0, 0), (0, 1), (17, 17), (1000, 1000000), (len(CONTENT) - 1, len(CONTENT))])
+async def test_any_range_can_be_read(store: Store, part: tuple[int, int]) -> None:
+    key = await stored(store, CONTENT)
+    assert await read(store, key, *part) == CONTENT[slice(*part)]
+
+
+async def test_content_comes_in_pieces_that_fit_in_memory(store: Store) -> None:
+    key = await stored(store, CONTENT * 4)
+    content = store.open(key)
+    if content.path is not None:
+        assert content.path.read_bytes() == CONTENT * 4
+        assert max([len(piece) async for piece in content.read(0, len(CONTENT) * 4)]) <= 1 << 20
+
+
+@pytest.mark.parametrize("extra", [1, 4096])
+async def test_reading_beyond_the_end_is_no_short_answer(store: Store, extra: int) -> None:
+    key = await stored(store, CONTENT)
+    with pytest.raises(ContentMissing):
+        await read(store, key, 5, len(CONTENT) + extra)
+
+
+async def test_nothing_under_a_key_is_said_when_it_is_read(store: Store) -> None:
+    key = await stored(store, CONTENT)
+    await store.delete(key)
+    content = store.open(key)
+    with pytest.raises(ContentMissing):
+        [piece async for piece in content.read(0, 1)]
+
+
+async def test_deleting_leaves_nothing_and_deleting_again_is_fine(store: Store) -> None:
+    key = await stored(store, CONTENT)
+    await store.delete(key)
+    await store.delete(key)
+    assert await keys(store) == set()
+
+
+async def test_the_bytes_of_an_upload_can_be_deleted_by_its_key(store: Store) -> None:
+    checkpoint = await suspended(store, CONTENT)
+    assert await keys(store) == {checkpoint.key}
+    await store.delete(checkpoint.key)
+    assert await keys(store) == set()
+    with pytest.raises(UploadLost):
+        await store.resume(checkpoint)
+
+
+@both_algorithms
+async def test_a_suspended_upload_goes_on_where_it_stood(store: Store, algorithm: str) -> None:
+    checkpoint = await suspended(store, CONTENT[:77777], algorithm=algorithm)
+    upload = await store.resume(checkpoint)
+    assert upload.offset == 77777
+    await upload.write([CONTENT[77777:]])
+    key = await upload.commit(Digest.of(CONTENT, algorithm))
+    assert await read(store, key, 0, len(CONTENT)) == CONTENT
+
+
+@both_algorithms
+@pytest.mark.parametrize("state", [b"", b"x", b"x" * 128, bytes(232)], ids=["none", "short", "wrong", "zeros"])
+async def test_without_a_usable_state_the_bytes_are_hashed_again(store: Store, algorithm: str, state: bytes) -> None:
+    checkpoint = await suspended(store, CONTENT[:77777], algorithm=algorithm)
+    upload = await store.resume(replace(checkpoint, state=state))
+    await upload.write([CONTENT[77777:]])
+    key = await upload.commit(Digest.of(CONTENT, algorithm))
+    assert await read(store, key, 0, len(CONTENT)) == CONTENT
+
+
+async def test_bytes_after_the_checkpoint_are_dropped(store: Store) -> None:
+    upload = await begun(store, CONTENT[:1000])
+    checkpoint = upload.checkpoint()
+    await upload.write([b"came, but was never noted"])
+    await upload.suspend()
+    upload = await store.resume(checkpoint)
+    assert upload.offset == 1000
+    await upload.write([CONTENT[1000:]])
+    key = await upload.commit(Digest.of(CONTENT))
+    assert await read(store, key, 0, len(CONTENT)) == CONTENT
+    with pytest.raises(ContentMissing):
+        await read(store, key, 0, len(CONTENT) + 1)
+
+
+async def test_an_upload_that_lost_bytes_cannot_go_on(store: Store) -> None:
+    checkpoint = await suspended(store, CONTENT[:1000])
+    with pytest.raises(UploadLost):
+        await store.resume(replace(checkpoint, offset=1001))
+    # It is nobody's now: who knows better may still have it.
+    upload = await store.resume(checkpoint)
+    await upload.abort()
+
+
+async def test_an_upload_whose_bytes_are_gone_cannot_go_on(store: Store) -> None:
+    with pytest.raises(UploadLost):
+        await store.resume(replace(store.begin("never", "sha256"), offset=1))
+    assert await keys(store) == set()
+
+
+async def test_an_upload_has_one_writer_at_a_time(store: Store) -> None:
+    upload = await begun(store, CONTENT[:1000])
+    for checkpoint in (upload.checkpoint(), store.begin("one", "sha256")):
+        with pytest.raises(UploadBusy):
+            await store.resume(checkpoint)
+    await upload.write([CONTENT[1000:]])
+    key = await upload.commit(Digest.of(CONTENT))
+    assert await read(store, key, 0, len(CONTENT)) == CONTENT
+
+
+async def test_of_many_who_resume_at_once_one_gets_the_upload(store: Store) -> None:
+    checkpoint = await suspended(store, CONTENT[:1000])
+    results = await asyncio.gather(*(store.resume(checkpoint) for _ in range(10)), return_exceptions=True)
+    winners = [result for result in results if not isinstance(result, BaseException)]
+    assert len(winners) == 1
+    assert sum(isinstance(result, UploadBusy) for result in results) == 9
+    await winners[0].abort()
+
+
+async def test_an_aborted_upload_leaves_nothing_and_cannot_go_on(store: Store) -> None:
+    upload = await begun(store, CONTENT)
+    checkpoint = upload.checkpoint()
+    await upload.abort()
+    await upload.abort()
+    assert await keys(store) == set()
+    with pytest.raises(UploadLost):
+        await store.resume(checkpoint)
+
+
+@pytest.mark.parametrize("step", ["suspend", "abort"])
+async def test_after_a_commit_letting_go_does_nothing(store: Store, step: str) -> None:
+    upload = await begun(store, CONTENT)
+    key = await upload.commit(Digest.of(CONTENT))
+    await getattr(upload, step)()
+    assert await read(store, key, 0, len(CONTENT)) == CONTENT
+
+
+@both_algorithms
+async def test_bytes_that_are_not_what_was_announced_are_not_published(store: Store, algorithm: str) -> None:
+    upload = await begun(store, CONTENT)
+    wrong = Digest.of(b"something else", algorithm)
+    for check in (upload.verify, upload.commit):
+        with pytest.raises(DigestMismatch) as raised:
+            await check(wrong)
+        assert str(wrong) in str(raised.value)
+        assert str(Digest.of(CONTENT, algorithm)) in str(raised.value)
+    assert not [key for key in await keys(store) if key.startswith("blobs/")]
+    await upload.verify(Digest.of(CONTENT, algorithm))
+    await upload.abort()
+
+
+async def test_a_digest_once_verified_is_checked_again_after_more_bytes(store: Store) -> None:
+    upload = await begun(store, CONTENT)
+    for algorithm in ("sha256", "sha512"):
+        await upload.verify(Digest.of(CONTENT, algorithm))
+    await upload.write([b"more"])
+    for algorithm in ("sha256", "sha512"):
+        with pytest.raises(DigestMismatch):
+            await upload.commit(Digest.of(CONTENT, algorithm))
+    await upload.abort()
+
+
+@pytest.mark.parametrize(("announced", "asked"), [("sha256", "sha512"), ("sha512", "sha256")])
+async def test_a_commit_may_ask_for_the_other_algorithm(store: Store, announced: str, asked: str) -> None:
+    upload = await begun(store, CONTENT, algorithm=announced)
+    digest = Digest.of(CONTENT, asked)
+    await upload.verify(digest)
+    key = await upload.commit(digest)
+    assert digest.hex in key
+    assert await read(store, key, 0, len(CONTENT)) == CONTENT
+
+
+async def test_the_same_bytes_twice_are_two_objects_and_deleting_one_keeps_the_other(store: Store) -> None:
+    first, second = await stored(store, CONTENT, "one"), await stored(store, CONTENT, "two")
+    assert first != second
+    assert await keys(store) == {first, second}
+    await store.delete(first)
+    assert await read(store, second, 0, len(CONTENT)) == CONTENT
+
+
+async def test_many_uploads_at_once_do_not_mix(store: Store) -> None:
+    contents = [bytes([number]) * (1000 + number) for number in range(32)]
+
+    async def push(number: int) -> str:
+        upload = await store.resume(store.begin(f"upload-{number}", "sha256"))
+        for start in range(0, len(contents[number]), 100):
+            await upload.write([contents[number][start : start + 100]])
+        return await upload.commit(Digest.of(contents[number]))
+
+    pushed = await asyncio.gather(*map(push, range(32)))
+    for content, key in zip(contents, pushed, strict=True):
+        assert await read(store, key, 0, len(content)) == content
+
+
+async def test_all_that_lies_in_the_store_is_listed_with_size_and_age(store: Store) -> None:
+    before = time.time()
+    blob = await stored(store, CONTENT, "one")
+    upload = await suspended(store, CONTENT[:100], "two")
+    found = {item.key: item async for item in store.objects()}
+    assert {key: item.size for key, item in found.items()} == {blob: len(CONTENT), upload.key: 100}
+    # The clock that stamps files ticks more coarsely than the one that is asked.
+    assert all(before - 1 <= item.modified <= time.time() + 1 for item in found.values())
+    await store.delete(upload.key)
+
+
+async def test_publishing_counts_as_a_change_for_those_who_look_for_leftovers(store: Store) -> None:
+    checkpoint = await suspended(store, CONTENT)
+    before = {item.key: item.modified async for item in store.objects()}
+    # Files are stamped by a clock that ticks coarsely.
+    wait_until(lambda: time.clock_gettime(CLOCK_REALTIME_COARSE) > before[checkpoint.key], "a tick")
+    key = await (await store.resume(checkpoint)).commit(Digest.of(CONTENT))
+    after = {item.key: item.modified async for item in store.objects()}
+    assert after[key] > before[checkpoint.key]
+
+
+async def test_a_probe_leaves_nothing(store: Store) -> None:
+    await asyncio.gather(*(store.probe() for _ in range(5)))
+    assert await keys(store) == set()
+
+
+async def test_a_full_store_refuses_bytes_and_the_upload_goes_on_after_room_is_made(room: Room) -> None:
+    upload = await begun(room.store, CONTENT[:1000])
+    room.fill()
+    for _ in range(2):
+        with pytest.raises(OutOfSpace):
+            await upload.write([CONTENT[1000:2000], CONTENT[2000:]])
+        assert upload.offset == 1000
+    room.make_room()
+    await upload.write([CONTENT[1000:]])
+    key = await upload.commit(Digest.of(CONTENT))
+    assert await read(room.store, key, 0, len(CONTENT)) == CONTENT
+
+
+async def test_an_upload_that_met_a_full_store_can_be_suspended_and_resumed(room: Room) -> None:
+    upload = await begun(room.store, CONTENT[:1000])
+    room.fill()
+    with pytest.raises(OutOfSpace):
+        await upload.write([CONTENT[1000:]])
+    checkpoint = upload.checkpoint()
+    await upload.suspend()
+    upload = await room.store.resume(checkpoint)
+    room.make_room()
+    await upload.write([CONTENT[1000:]])
+    assert await upload.commit(Digest.of(CONTENT)) in await keys(room.store)
+
+
+async def test_a_full_store_still_reads_deletes_and_lists(room: Room) -> None:
+    first, second = [await stored(room.store, CONTENT, name) for name in ("one", "two")]
+    room.fill()
+    assert await read(room.store, first, 0, len(CONTENT)) == CONTENT
+    await room.store.delete(first)
+    assert await keys(room.store) == {second}
+    room.make_room()
+
+
+async def test_a_probe_says_that_the_store_is_full(room: Room) -> None:
+    await stored(room.store, CONTENT)
+    room.fill()
+    with pytest.raises(OutOfSpace):
+        await room.store.probe()
+    room.make_room()
+    await room.store.probe()
+    assert len(await keys(room.store)) == 1
+
+
+steps = st.tuples(
+    st.binary(max_size=200), st.sampled_from(["go on", "resume", "resume without state", "lose the rest"])
+)
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+@given(plan=st.lists(steps, max_size=8), algorithm=st.sampled_from(["sha256", "sha512"]))
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.differing_executors])
+def test_however_an_upload_is_cut_it_ends_as_the_bytes_it_was_sent(
+    driver: str, plan: list[tuple[bytes, str]], algorithm: str
+) -> None:
+    async def play(store: Store) -> None:
+        upload = await store.resume(store.begin("one", algorithm))
+        sent = b""
+        for content, step in plan:
+            await upload.write([content])
+            sent += content
+            if step == "go on":
+                continue
+            checkpoint = upload.checkpoint()
+            if step == "lose the rest":
+                await upload.write([b"the rest"])
+            await upload.suspend()
+            upload = await store.resume(replace(checkpoint, state=b"") if "without" in step else checkpoint)
+            assert upload.offset == len(sent)
+        key = await upload.commit(Digest.of(sent, algorithm))
+        assert await read(store, key, 0, len(sent)) == sent
+        await store.close()
+
+    with tempfile.TemporaryDirectory() as directory:
+        asyncio.run(play(DRIVERS[driver](Path(directory))))
