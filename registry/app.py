@@ -98,6 +98,7 @@ def build(settings: Settings, *, process: Process | None = None, store: Store | 
             await ticking
         await sweeper.stop()
         await sender.close()
+        await receiver.close()
         await database.close()
         contents.close()
         await store.close()

@@ -33,7 +33,7 @@ from registry.errors import (
 from registry.logs import Access, AccessLog
 from registry.metrics import Metrics
 from registry.responses import BYTES_IN, ROUTE, json_response
-from registry.transfer import is_waiting
+from registry.transfer import is_waiting, leave_body
 from storage import errors as storage_errors
 
 _Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -78,6 +78,7 @@ class Observer:
                 response = await handler(request)
             except Exception as error:
                 response = _render(request, error, request_id)
+            leave_body(request)
             if request.path.startswith("/v2/"):
                 response.headers.setdefault("Docker-Distribution-API-Version", "registry/2.0")
             response.headers["X-Request-Id"] = request_id

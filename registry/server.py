@@ -30,6 +30,7 @@ from registry.logs import configure
 from registry.metadata import sessions
 from registry.metadata.engine import Database, sqlite_path
 from registry.metadata.schema import upgrade
+from registry.wire import Connection
 
 #: What the lock file says while a server runs; it stays there only if the server died.
 _RUNNING: Final = b"running\n"
@@ -192,16 +193,21 @@ async def _serve(server: _Server, process: Process, ready: Callable[[], None], p
         max_field_size=16384,
     )
     await runner.setup()
-    for sock in server.sockets:
-        await web.SockSite(runner, sock, backlog=_BACKLOG).start()
-    stop = asyncio.Event()
     loop = asyncio.get_running_loop()
+    http = runner.server
+    assert http is not None
+    listeners = [
+        await loop.create_server(lambda: Connection(http()), sock=sock, backlog=_BACKLOG) for sock in server.sockets
+    ]
+    stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     if parent >= 0:
         loop.add_reader(parent, stop.set)
     ready()
     await stop.wait()
+    for listener in listeners:
+        listener.close()
     await runner.cleanup()
     return 0
 

@@ -16,12 +16,15 @@ from multidict import CIMultiDict
 
 from registry.errors import RequestTimeout, SizeInvalid, TooManyRequests
 from registry.responses import INVITED
+from registry.wire import Connection, Piece, wake
 from storage.base import Content, Upload
 from storage.errors import ContentMissing
 from storage.threads import run
 
 #: Bytes handed to the store in one job, as long as the buffers allow it.
 _PIECE_SIZE: Final = 1 << 20
+#: Threads that read from sockets; slow clients do not keep them.
+_READERS: Final = 8
 _PIECE_MINIMUM: Final = 64 << 10
 #: Content up to this size is read and sent like any other response; above it the kernel sends the file.
 _INLINE_SIZE: Final = 64 << 10
@@ -39,6 +42,7 @@ class Receiver:
         self._budget = buffer_bytes
         self._stall = stall_seconds
         self._active = 0
+        self._threads = ThreadPoolExecutor(_READERS, "receive")
 
     @asynccontextmanager
     async def slot(self) -> AsyncIterator[None]:
@@ -51,17 +55,29 @@ class Receiver:
         finally:
             self._active -= 1
 
-    async def pieces(self, request: web.Request) -> AsyncIterator[list[bytes]]:
+    async def close(self) -> None:
+        """End the threads."""
+        await asyncio.to_thread(self._threads.shutdown)
+
+    def pieces(self, request: web.Request) -> AsyncIterator[list[Piece]]:
         """Yield the body in lists of pieces, each list as large as the budget allows now.
 
-        A body that ends early yields what came and raises afterwards.
+        A body that ends early yields what came and raises afterwards. A list is good until the next but one is
+        asked for.
 
         Raises:
             SizeInvalid: the body ended before its announced end.
             RequestTimeout: no bytes came for too long.
         """
-        await _continue(request)
-        gathered: list[bytes] = []
+        _invite(request)
+        connection = _connection(request)
+        if connection is not None and connection.holds_body:
+            return connection.pieces(self._threads, self._piece_size, self._stall)
+        return self._parsed_pieces(request)
+
+    async def _parsed_pieces(self, request: web.Request) -> AsyncIterator[list[Piece]]:
+        """Yield the body that aiohttp has parsed."""
+        gathered: list[Piece] = []
         size = 0
         failure: Exception | None = None
         while failure is None:
@@ -103,7 +119,7 @@ class Appender:
         self._upload = upload
         self._writing: asyncio.Task[None] | None = None
 
-    async def write(self, pieces: list[bytes]) -> None:
+    async def write(self, pieces: list[Piece]) -> None:
         """Begin to write `pieces` once the former ones are written; raises what befell those."""
         await self.flush()
         self._writing = asyncio.create_task(self._upload.write(pieces))
@@ -115,11 +131,23 @@ class Appender:
             await writing
 
 
-async def _continue(request: web.Request) -> None:
+def _invite(request: web.Request) -> None:
     """Invite the body only now, when nothing stands against it. [RFC 9110, 10.1.1]"""
     if is_waiting(request) and request.transport is not None:
         request[INVITED] = True
         request.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+
+
+def _connection(request: web.Request) -> Connection | None:
+    protocol = request.transport.get_protocol() if request.transport else None
+    return protocol if isinstance(protocol, Connection) else None
+
+
+def leave_body(request: web.Request) -> None:
+    """Let the HTTP parser have a body that nobody took, so that the connection can go on after it."""
+    connection = _connection(request)
+    if connection is not None:
+        connection.leave_body()
 
 
 def is_waiting(request: web.Request) -> bool:
@@ -212,7 +240,7 @@ class Sender:
     async def _writable(self, target: int) -> None:
         loop = asyncio.get_running_loop()
         ready = loop.create_future()
-        loop.add_writer(target, _wake, ready)
+        loop.add_writer(target, wake, ready)
         try:
             async with asyncio.timeout(self._stall):
                 await ready
@@ -220,11 +248,6 @@ class Sender:
             raise ConnectionResetError("the client took nothing for too long") from None
         finally:
             loop.remove_writer(target)
-
-
-def _wake(waiting: asyncio.Future[None]) -> None:
-    if not waiting.done():
-        waiting.set_result(None)
 
 
 def _open(path: Path, start: int, size: int) -> int | bytes:

@@ -59,7 +59,7 @@ class Upload(Protocol):
     def offset(self) -> int:
         """Bytes received so far."""
 
-    async def write(self, pieces: Sequence[bytes]) -> None:
+    async def write(self, pieces: Sequence[bytes | memoryview]) -> None:
         """Append and hash `pieces`: all of them, or none is counted.
 
         Raises:

@@ -69,7 +69,7 @@ def check_algorithm(algorithm: str) -> str:
 class Hasher(Protocol):
     """Hashes bytes as they come. One thread at a time."""
 
-    def update(self, data: bytes, /) -> None:
+    def update(self, data: bytes | memoryview, /) -> None:
         """Take in more bytes. Lets go of the interpreter's lock while it works."""
 
     def digest(self) -> Digest:
@@ -99,8 +99,15 @@ class _LibcryptoHasher:
         else:
             getattr(library, f"{prefix}_Init")(self._context)
 
-    def update(self, data: bytes, /) -> None:
-        self._update(self._context, ctypes.c_char_p(data), ctypes.c_size_t(len(data)))
+    def update(self, data: bytes | memoryview, /) -> None:
+        if isinstance(data, memoryview):
+            if not data:
+                return
+            # ctypes finds the address of what can be written to only, which our own buffers are.
+            first = ctypes.c_char.from_buffer(data)
+            self._update(self._context, ctypes.c_void_p(ctypes.addressof(first)), ctypes.c_size_t(len(data)))
+        else:
+            self._update(self._context, data, ctypes.c_size_t(len(data)))
 
     def digest(self) -> Digest:
         scratch = ctypes.create_string_buffer(self._context.raw, self._size)
@@ -117,7 +124,7 @@ class _HashlibHasher:
         self._algorithm = algorithm
         self._hash = hashlib.new(algorithm, usedforsecurity=False)
 
-    def update(self, data: bytes, /) -> None:
+    def update(self, data: bytes | memoryview, /) -> None:
         self._hash.update(data)
 
     def digest(self) -> Digest:

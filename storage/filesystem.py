@@ -162,7 +162,7 @@ class _FileUpload:
     def offset(self) -> int:
         return self._offset
 
-    async def write(self, pieces: Sequence[bytes]) -> None:
+    async def write(self, pieces: Sequence[bytes | memoryview]) -> None:
         with _disk_errors():
             await run(self._store._threads, self._append, pieces)
 
@@ -226,7 +226,7 @@ class _FileUpload:
             position += len(piece)
         return result
 
-    def _append(self, pieces: Sequence[bytes]) -> None:
+    def _append(self, pieces: Sequence[bytes | memoryview]) -> None:
         """Write, then hash, then count: what fails in between was never there."""
         try:
             for batch in _batches(pieces):
@@ -302,12 +302,12 @@ class _FileContent:
             raise ContentMissing(f"no file {self.path.name}") from None
 
 
-def _batches(pieces: Sequence[bytes]) -> Iterator[Sequence[bytes]]:
+def _batches(pieces: Sequence[bytes | memoryview]) -> Iterator[Sequence[bytes | memoryview]]:
     for start in range(0, len(pieces), _PIECES_LIMIT):
         yield pieces[start : start + _PIECES_LIMIT]
 
 
-def _write_all(descriptor: int, pieces: Sequence[bytes]) -> None:
+def _write_all(descriptor: int, pieces: Sequence[bytes | memoryview]) -> None:
     """Write every byte; writev may stop in the middle of a piece."""
     rest: list[bytes | memoryview] = list(pieces)
     while rest:

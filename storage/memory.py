@@ -72,7 +72,7 @@ class _MemoryUpload:
     def offset(self) -> int:
         return len(self._content)
 
-    async def write(self, pieces: Sequence[bytes]) -> None:
+    async def write(self, pieces: Sequence[bytes | memoryview]) -> None:
         self._store._put(self._start.key, self._content + b"".join(pieces))
 
     def checkpoint(self) -> Checkpoint:
