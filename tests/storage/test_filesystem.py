@@ -20,10 +20,12 @@ from storage.digest import Digest
 from storage.errors import ContentMissing, OutOfSpace, StorageError, UploadBusy, UploadLost
 from storage.filesystem import FilesystemStore
 from tests.conftest import needs_root
+from tests.services.processes import run
 from tests.storage.conftest import begun, fill_disk, keys, open_files, read, small_disk, stored, suspended
 
 CONTENT = bytes(range(256)) * 5000
 HALF = len(CONTENT) // 2 + 7
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id").read_text().strip().replace("-", "")
 
 #: Writes what it is sent, tells the checkpoint, writes on; then waits, or dies where it stands.
 WRITER = """
@@ -112,8 +114,7 @@ async def test_a_state_of_another_boot_is_not_believed(store: FilesystemStore) -
 
 async def test_a_state_names_the_boot_of_this_machine(store: FilesystemStore) -> None:
     checkpoint = await suspended(store, CONTENT)
-    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip().replace("-", "")
-    assert checkpoint.state[:16].hex() == boot
+    assert checkpoint.state[:16].hex() == BOOT_ID
     await store.delete(checkpoint.key)
 
 
@@ -132,7 +133,7 @@ async def test_a_writer_in_another_process_keeps_others_out_until_it_is_dead(sto
                 await store.resume(checkpoint)
         assert (store.root / checkpoint.key).stat().st_size > HALF
         os.kill(pid, signal.SIGKILL)
-        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+        await asyncio.to_thread(os.waitid, os.P_PID, pid, os.WEXITED | os.WNOWAIT)
         upload = await store.resume(checkpoint)
     await upload.abort()
 
@@ -293,7 +294,7 @@ async def test_a_disk_that_refuses_writing_is_an_error_of_the_store(tmp_path: Pa
     with small_disk(tmp_path / "disk") as disk:
         store = FilesystemStore(disk / "data")
         key = await stored(store, CONTENT)
-        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+        run("mount", "-o", "remount,ro", str(disk))
         for attempt in (store.probe(), store.resume(store.begin("two", "sha256"))):
             with pytest.raises(StorageError):
                 await attempt

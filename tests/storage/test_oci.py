@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 from typing import Any
 
@@ -275,10 +276,7 @@ def test_a_descriptor_with_anything_in_it_is_understood_or_refused(data: Any, fi
 
 
 def understood_or_refused(content: bytes, content_type: str) -> None:
-    try:
+    with contextlib.suppress(InvalidManifest):
         manifest = parse_manifest(content, content_type)
-    except InvalidManifest as error:
-        assert str(error)
-    else:
         assert manifest.media_type
         assert not content_type or manifest.media_type == content_type

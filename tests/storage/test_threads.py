@@ -45,7 +45,8 @@ async def test_a_cancelled_task_waits_for_the_end_of_its_job(fails: bool) -> Non
 
 
 async def test_a_job_that_had_not_begun_when_it_was_cancelled_still_ends_first() -> None:
-    may_end, done = threading.Event(), []
+    may_end = threading.Event()
+    done: list[int] = []
     with ThreadPoolExecutor(1) as threads:
         first = asyncio.create_task(run(threads, may_end.wait, 30))
         second = asyncio.create_task(run(threads, done.append, 1))
