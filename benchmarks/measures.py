@@ -1,0 +1,260 @@
+"""What is measured: each group of measures runs all its servers in turn, round after round, from empty data.
+
+The disk is brought to rest before whatever writes: docker-registry leaves what it wrote to the kernel, and the next
+server would wait for it.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from benchmarks import content, load
+from benchmarks.servers import DOCKER_REGISTRY, HYTHE, HYTHE_2, NGINX, Kind, Server, place, wait_for_answer
+from storage.digest import Digest
+from tests.services.processes import Program, free_port
+
+_REPOSITORY: Final = "bench/library"
+_CLIENTS: Final = 16
+_PULLS: Final = 3
+#: Seconds after which a server that was just started is idle.
+_SETTLING: Final = 1.0
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much of everything."""
+
+    blob: int = 1 << 30
+    small_blobs: int = 2000
+    wrk_seconds: int = 5
+    layers: int = 20
+    tags: int = 100_000
+
+
+QUICK: Final = Sizes(blob=128 << 20, small_blobs=200, wrk_seconds=1, layers=5, tags=10_000)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Work that a server did once.
+
+    Attributes:
+        measure: what was measured.
+        server: which server did it.
+        amount: bytes, blobs, requests or images.
+        seconds: it took.
+        cpu: seconds of user and system time of the server's processes.
+        load_cpu: the same of what put the load on it.
+    """
+
+    measure: str
+    server: str
+    amount: float
+    seconds: float
+    cpu: float
+    load_cpu: float
+
+
+@dataclass(frozen=True)
+class Level:
+    """Something that a server has: seconds to start, or bytes of memory."""
+
+    measure: str
+    server: str
+    value: float
+
+
+Result = Sample | Level
+
+
+def _timed(measure: str, server: Server, work: Callable[[], float]) -> Sample:
+    """Measure `work`, which returns how much it did."""
+    cpu, load_cpu, began = server.cpu_seconds(), _own_cpu(), time.perf_counter()
+    amount = work()
+    seconds = time.perf_counter() - began
+    return Sample(measure, server.name, amount, seconds, server.cpu_seconds() - cpu, _own_cpu() - load_cpu)
+
+
+def _own_cpu() -> float:
+    """Return what this process used, and the programs that it ran to their ends."""
+    times = os.times()
+    return time.process_time() + times.children_user + times.children_system
+
+
+class Blob:
+    """A large blob in and out, and the memory before and under it."""
+
+    name = "blob"
+    kinds = (DOCKER_REGISTRY, HYTHE, NGINX)
+
+    def __init__(self, sizes: Sizes, directory: Path) -> None:
+        self._blob = content.large_blob(sizes.blob, directory / "blob")
+
+    def measure(self, kind: Kind, directory: Path) -> Iterator[Result]:
+        """Measure one server once."""
+        blob = self._blob
+        path = f"/v2/{_REPOSITORY}/blobs/{blob.digest}"
+        with kind.running(directory) as server:
+            time.sleep(_SETTLING)
+            yield Level("memory, idle", server.name, server.resident())
+            client = load.Client(server)
+            if kind.takes_pushes:
+                os.sync()
+                yield _timed("blob push", server, lambda: _push(client, blob))
+            else:
+                place(directory, path, blob.file)
+            os.sync()
+            yield _timed("blob pull", server, lambda: sum(client.pull(path) for _ in range(_PULLS)))
+            client.close()
+            yield Level("memory, peak with a large blob", server.name, server.peak())
+
+
+def _push(client: load.Client, blob: content.LargeBlob) -> float:
+    client.push_blob(_REPOSITORY, blob.digest, blob.framed())
+    return blob.size
+
+
+class Small:
+    """Many small blobs in and out, by many clients."""
+
+    name = "small"
+    kinds = (DOCKER_REGISTRY, HYTHE, NGINX)
+
+    def __init__(self, sizes: Sizes, directory: Path) -> None:
+        contents = content.small_contents(sizes.small_blobs + _CLIENTS)
+        self._files = directory / "small"
+        self._files.mkdir()
+        for each in contents:
+            (self._files / str(Digest.of(each))).write_bytes(each)
+        blobs = [load.SmallBlob.of(_REPOSITORY, each) for each in contents]
+        self._warm_up, self._blobs = blobs[:_CLIENTS], blobs[_CLIENTS:]
+
+    def measure(self, kind: Kind, directory: Path) -> Iterator[Result]:
+        """Measure one server once."""
+        with kind.running(directory) as server:
+            if kind.takes_pushes:
+                load.push_all(server, _REPOSITORY, self._warm_up, _CLIENTS)
+                os.sync()
+                yield _timed("small blobs in", server, lambda: self._push(server))
+            else:
+                for file in self._files.iterdir():
+                    place(directory, f"/v2/{_REPOSITORY}/blobs/{file.name}", file)
+            load.pull_all(server, self._warm_up, _CLIENTS)
+            yield _timed("small blobs out", server, lambda: self._pull(server))
+            yield Level("memory, peak with small blobs", server.name, server.peak())
+
+    def _push(self, server: Server) -> float:
+        load.push_all(server, _REPOSITORY, self._blobs, _CLIENTS)
+        return len(self._blobs)
+
+    def _pull(self, server: Server) -> float:
+        load.pull_all(server, self._blobs, _CLIENTS)
+        return len(self._blobs)
+
+
+class Manifest:
+    """A manifest of 2 KB, by tag and by digest."""
+
+    name = "manifest"
+    kinds = (DOCKER_REGISTRY, HYTHE, HYTHE_2, NGINX)
+
+    def __init__(self, sizes: Sizes, directory: Path) -> None:
+        del directory
+        self._seconds = sizes.wrk_seconds
+        self._config, self._layer = content.small_contents(2)
+        self._manifest = content.image_manifest(self._config, [self._layer], 2048)
+
+    def measure(self, kind: Kind, directory: Path) -> Iterator[Result]:
+        """Measure one server once."""
+        base = f"/v2/{_REPOSITORY}/manifests"
+        by_tag, by_digest = f"{base}/latest", f"{base}/{Digest.of(self._manifest)}"
+        with kind.running(directory) as server:
+            if kind.takes_pushes:
+                self._push(server)
+            else:
+                place(directory, by_tag, self._manifest)
+                place(directory, by_digest, self._manifest)
+            load.wrk(server, by_tag, content.MANIFEST_TYPE, 1)
+            yield _timed("manifest by tag", server, lambda: self._pull(server, by_tag))
+            yield _timed("manifest by digest", server, lambda: self._pull(server, by_digest))
+
+    def _push(self, server: Server) -> None:
+        client = load.Client(server)
+        for blob in (self._config, self._layer):
+            client.push_blob(_REPOSITORY, Digest.of(blob), [load.in_http_chunks(blob)])
+        client.push_manifest(_REPOSITORY, "latest", content.MANIFEST_TYPE, self._manifest)
+        client.close()
+
+    def _pull(self, server: Server, path: str) -> float:
+        return load.wrk(server, path, content.MANIFEST_TYPE, self._seconds)
+
+
+class Image:
+    """An image of many layers, pushed by skopeo."""
+
+    name = "image"
+    kinds = (DOCKER_REGISTRY, HYTHE)
+
+    def __init__(self, sizes: Sizes, directory: Path) -> None:
+        self._layout = directory / "image"
+        content.image_layout(self._layout, sizes.layers)
+
+    def measure(self, kind: Kind, directory: Path) -> Iterator[Result]:
+        """Measure one server once."""
+        with kind.running(directory) as server:
+            os.sync()
+            yield _timed("image push", server, lambda: self._push(server))
+
+    def _push(self, server: Server) -> float:
+        load.skopeo_push(server, self._layout, _REPOSITORY)
+        return 1
+
+
+class Start:
+    """From the start of the process to the first answer, with many tags in the database.
+
+    Hythe alone: docker-registry looks at none of its files when it starts.
+    """
+
+    name = "start"
+    kinds = (HYTHE,)
+
+    def __init__(self, sizes: Sizes, directory: Path) -> None:
+        self._directory = directory / "tags"
+        self._directory.mkdir()
+        with HYTHE.started(self._directory):
+            pass
+        content.fill_with_tags(self._directory / "data" / "hythe.db", sizes.tags)
+
+    def measure(self, kind: Kind, directory: Path) -> Iterator[Result]:
+        """Measure one server once."""
+        del directory
+        port = free_port()
+        program = Program(kind.command(self._directory, port), self._directory / "log")
+        began = time.perf_counter()
+        program.start()
+        try:
+            wait_for_answer(program, port)
+            yield Level("start", kind.name, time.perf_counter() - began)
+        finally:
+            program.stop()
+
+
+Group = type[Blob] | type[Small] | type[Manifest] | type[Image] | type[Start]
+GROUPS: Final[dict[str, Group]] = {group.name: group for group in (Blob, Small, Manifest, Image, Start)}
+
+
+def run(names: list[str], sizes: Sizes, rounds: int, directory: Path) -> Iterator[Result]:
+    """Run groups of measures; what they need on the disk goes below `directory`."""
+    for name in names:
+        group = GROUPS[name](sizes, directory)
+        for number in range(1, rounds + 1):
+            for kind in group.kinds:
+                print(f"{name}, round {number} of {rounds}: {kind.name}", file=sys.stderr)
+                yield from group.measure(kind, directory / "server")
