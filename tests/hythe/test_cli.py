@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -214,6 +216,26 @@ def test_a_server_that_does_not_answer_is_named_on_standard_error(command: list[
     assert url in done.stderr
     assert "Traceback" not in done.stderr
     assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("answer", [b"SSH-2.0-OpenSSH_9.2\r\n", b"HTTP/1.1 200 OK\r\n\r\n<html>", b""])
+def test_something_else_than_a_registry_is_an_error_in_one_line(answer: bytes) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        thread = threading.Thread(target=answer_once, args=(other, answer))
+        thread.start()
+        url = f"http://127.0.0.1:{other.getsockname()[1]}"
+        done = hythe("ls", "--server", url)
+        thread.join()
+    assert (done.returncode, done.stdout) == (1, "")
+    assert url in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def answer_once(listening: socket.socket, answer: bytes) -> None:
+    connection, _ = listening.accept()
+    with connection:
+        connection.recv(65536)
+        connection.sendall(answer)
 
 
 @pytest.mark.parametrize(
