@@ -102,10 +102,10 @@ def version(database: Path) -> Iterator[DataVersion]:
 
 def test_a_commit_of_any_other_connection_begins_a_new_epoch(database: Path, version: DataVersion) -> None:
     with closing(sqlite3.connect(database)) as first, closing(sqlite3.connect(database)) as second:
-        for connection in (first, second, first):
+        for number, connection in enumerate((first, second, first)):
             before = version()
             assert version() == before
-            connection.execute("UPDATE fact SET value = 'two'")
+            connection.execute("UPDATE fact SET value = ?", (number,))
             assert version() == before
             connection.commit()
             assert version() != before

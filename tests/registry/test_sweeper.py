@@ -1,0 +1,228 @@
+"""Uploads that nobody goes on with, and what a crash left: dropped, and nothing else is."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import secrets
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+from sqlalchemy import Connection, select, update
+
+from registry.metadata import content, sessions
+from registry.metadata.content import StoredBlob
+from registry.metadata.engine import Database
+from registry.metadata.schema import upgrade
+from registry.metadata.tables import now, upload_session
+from registry.sweeper import Sweeper
+from storage.base import Checkpoint
+from storage.digest import Digest
+from storage.filesystem import FilesystemStore
+from storage.names import RepositoryName
+
+NAME = RepositoryName("org/team/app")
+IDLE = 60
+
+
+@pytest.fixture
+async def database(tmp_path: Path) -> AsyncIterator[Database]:
+    url = f"sqlite:///{tmp_path / 'hythe.db'}"
+    upgrade(url)
+    made = Database(url)
+    yield made
+    await made.close()
+
+
+@pytest.fixture
+async def store(tmp_path: Path) -> AsyncIterator[FilesystemStore]:
+    made = FilesystemStore(tmp_path / "store")
+    yield made
+    await made.close()
+
+
+@pytest.fixture
+async def sweeper(store: FilesystemStore, database: Database) -> AsyncIterator[Sweeper]:
+    made = Sweeper(store, database, IDLE, 3600)
+    yield made
+    await made.stop()
+
+
+async def put_bytes(store: FilesystemStore, name: str) -> Checkpoint:
+    upload = await store.resume(store.begin(name, "sha256"))
+    await upload.write([name.encode()])
+    await upload.suspend()
+    return upload.checkpoint()
+
+
+async def open_session(store: FilesystemStore, database: Database, name: str, idle: float) -> str:
+    checkpoint = await put_bytes(store, name)
+    await database.note(sessions.create, name, NAME, checkpoint)
+    at = now() - int(idle * 1_000_000)
+    await database.note(set_times, name, updated_at=at, created_at=at)
+    return checkpoint.key
+
+
+def set_times(connection: Connection, session_id: str, **values: int) -> None:
+    connection.execute(update(upload_session).where(upload_session.c.id == session_id).values(**values))
+
+
+async def put_blob(store: FilesystemStore, database: Database, *, row: bool = True) -> str:
+    name = secrets.token_hex(8)
+    await database.note(sessions.create, name, NAME, store.begin(name, "sha256"))
+    session = await database.note(sessions.claim, name, NAME, "writer")
+    upload = await store.resume(session.checkpoint)
+    await upload.write([name.encode()])
+    digest = Digest.of(name.encode())
+    key = await upload.commit(digest)
+    if row:
+        await database.write(content.finish_upload, name, "writer", NAME, digest, StoredBlob(key, len(name)))
+    return key
+
+
+async def keys(store: FilesystemStore) -> set[str]:
+    return {found.key async for found in store.objects()}
+
+
+def ids(connection: Connection) -> set[str]:
+    return set(connection.scalars(select(upload_session.c.id)))
+
+
+def age(store: FilesystemStore, key: str) -> None:
+    """Make a file look old. Its ctime cannot be set, so those who look must be told of a later start."""
+    os.utime(store.root / key, (1, 1))
+
+
+async def test_an_idle_upload_is_dropped_with_its_bytes(
+    store: FilesystemStore, database: Database, sweeper: Sweeper
+) -> None:
+    await open_session(store, database, "idle", IDLE + 5)
+    young = await open_session(store, database, "young", IDLE - 30)
+    assert await sweeper.sweep() == 1
+    assert await keys(store) == {young}
+    assert await database.read(ids) == {"young"}
+    assert await sweeper.sweep() == 0
+
+
+async def test_an_upload_that_somebody_writes_to_is_kept(
+    store: FilesystemStore, database: Database, sweeper: Sweeper
+) -> None:
+    key = await open_session(store, database, "slow", IDLE + 5)
+    await database.note(sessions.claim, "slow", NAME, "writer")
+    assert await sweeper.sweep() == 0
+    assert await keys(store) == {key}
+    assert await database.read(ids) == {"slow"}
+
+
+async def test_an_upload_whose_writer_died_is_dropped(
+    store: FilesystemStore, database: Database, sweeper: Sweeper
+) -> None:
+    await open_session(store, database, "dead", IDLE + 5)
+    await database.note(sessions.claim, "dead", NAME, "writer")
+    await database.note(set_times, "dead", claimed_at=now() - sessions.LEASE - 1_000_000)
+    assert await sweeper.sweep() == 1
+    assert await keys(store) == set()
+
+
+async def test_an_idle_upload_without_any_bytes_is_dropped(database: Database, sweeper: Sweeper) -> None:
+    await database.note(sessions.create, "empty", NAME, Checkpoint("uploads/empty", "sha256"))
+    await database.note(set_times, "empty", updated_at=0)
+    assert await sweeper.sweep() == 1
+    assert await database.read(ids) == set()
+
+
+async def test_more_idle_uploads_than_one_transaction_takes_are_dropped(database: Database, sweeper: Sweeper) -> None:
+    def many(connection: Connection) -> None:
+        for number in range(1100):
+            sessions.create(connection, f"s{number}", NAME, Checkpoint(f"uploads/s{number}", "sha256"))
+        connection.execute(update(upload_session).values(updated_at=0))
+
+    await database.note(many)
+    assert await sweeper.sweep() == 1100
+    assert await database.read(ids) == set()
+
+
+async def test_blobs_are_no_concern_of_the_sweep(store: FilesystemStore, database: Database, sweeper: Sweeper) -> None:
+    key = await put_blob(store, database)
+    await sweeper.sweep()
+    assert await keys(store) == {key}
+
+
+async def test_after_a_crash_what_has_no_row_is_cleared_and_all_else_is_kept(
+    store: FilesystemStore, database: Database, sweeper: Sweeper
+) -> None:
+    known = {await put_blob(store, database), await open_session(store, database, "open", 1)}
+    await put_blob(store, database, row=False)
+    await put_bytes(store, "without-a-row")
+    assert await sweeper.clear(time.time() + 1) == 2
+    assert await keys(store) == known
+
+
+async def test_what_came_after_the_start_is_not_taken_for_a_leftover(
+    store: FilesystemStore, database: Database, sweeper: Sweeper
+) -> None:
+    key = await put_blob(store, database, row=False)
+    # Renamed a moment ago, though its bytes are old: an upload that is being published right now.
+    age(store, key)
+    assert await sweeper.clear(time.time() - 5) == 0
+    assert await keys(store) == {key}
+
+
+async def test_more_leftovers_than_one_look_takes_are_cleared(
+    store: FilesystemStore, database: Database, sweeper: Sweeper
+) -> None:
+    known = await put_blob(store, database)
+    for number in range(1203):
+        (store.root / f"uploads/left-{number}").touch()
+    assert await sweeper.clear(time.time() + 1) == 1203
+    assert await keys(store) == {known}
+
+
+async def test_a_file_that_is_not_ours_does_not_keep_leftovers_from_being_cleared(
+    store: FilesystemStore, database: Database, sweeper: Sweeper
+) -> None:
+    key = await put_blob(store, database, row=False)
+    (store.root / key).with_name(".nfs0001").touch()
+    await put_bytes(store, "without-a-row")
+    await sweeper.clear(time.time() + 1)
+    assert not await keys(store) & {key, "uploads/without-a-row"}
+
+
+@pytest.mark.parametrize(("first", "recover"), [(True, True), (True, False), (False, True), (False, False)])
+async def test_the_first_process_sweeps_and_recovers_only_after_a_crash(
+    store: FilesystemStore, database: Database, sweeper: Sweeper, first: bool, recover: bool
+) -> None:
+    await put_bytes(store, "left")
+    await open_session(store, database, "idle", IDLE + 5)
+    # The coarse clock that stamps files must have ticked on.
+    while max([found.modified async for found in store.objects()]) >= time.time() - 0.02:
+        await asyncio.sleep(0.005)
+    await sweeper.start(first=first, recover=recover)
+    expected = {"uploads/left", "uploads/idle"}
+    expected -= {"uploads/idle"} if first else set()
+    expected -= {"uploads/left"} if first and recover else set()
+    async with asyncio.timeout(20):
+        while await keys(store) != expected:
+            await asyncio.sleep(0.01)
+    await sweeper.stop()
+    assert await keys(store) == expected
+
+
+async def test_a_sweep_that_failed_is_tried_again(store: FilesystemStore, database: Database) -> None:
+    await database.note(sessions.create, "odd", NAME, Checkpoint("uploads/odd", "sha256"))
+    await database.note(set_times, "odd", updated_at=0)
+    # Not a file: it cannot be unlinked.
+    (store.root / "uploads/odd").mkdir()
+    sweeper = Sweeper(store, database, IDLE, 0)
+    await sweeper.start(first=True, recover=False)
+    async with asyncio.timeout(20):
+        while await database.read(ids):
+            await asyncio.sleep(0.01)
+        await open_session(store, database, "next", IDLE + 5)
+        while "next" in await database.read(ids):
+            await asyncio.sleep(0.01)
+    await sweeper.stop()
+    (store.root / "uploads/odd").rmdir()
+    assert await keys(store) == set()
