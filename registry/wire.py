@@ -23,7 +23,7 @@ from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Executor
 from typing import Final, cast
 
-from registry.errors import BadRequest, RequestTimeout, SizeInvalid
+from registry.errors import BadRequest, RegistryError, RequestTimeout, SizeInvalid
 from storage.threads import run
 
 #: The head of a request that sends a blob, all of it in one piece, in chunked encoding and nothing else.
@@ -117,7 +117,7 @@ class Connection(asyncio.Protocol):
                     piece = await run(threads, body.read, sock, size())
                     if piece:
                         yield [piece]
-                    elif not body.is_finished:
+                    elif body.is_waiting:
                         await _readable(sock, stall)
             finally:
                 self._end(body)
@@ -161,13 +161,23 @@ class _ChunkedBody:
         #: Received and not understood yet, or not ours.
         self.rest = start
         self._is_trailer = False
+        self._failure: RegistryError | None = None
+        #: How far the current buffer was understood, and where the content found in it ends.
+        self._position = self._content = 0
         self._buffers = [bytearray(), bytearray()]
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether there is nothing to do until more comes."""
+        return not self.is_finished and self._failure is None
 
     def read(self, sock: socket.socket, size: int) -> memoryview:
         """Return what comes: a buffer full, or less when the client pauses.
 
         The kernel is asked to wake us for much at once; a client that sends 32 KiB at a time would wake us for each.
         """
+        if self._failure is not None:
+            raise self._failure
         buffer = self._next_buffer(max(size, 2 * len(self.rest)))
         buffer[: len(self.rest)] = self.rest
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, len(buffer) // 4)
@@ -180,19 +190,22 @@ class _ChunkedBody:
         poll = select.poll()
         poll.register(sock, select.POLLIN)
         patience = _PATIENCE
-        position, content = self._parse(view, 0, filled, 0)
-        while not self.is_finished and filled < len(view):
-            received = _receive(sock, view[filled:])
-            if received is None:
-                # The end of a body may be less than what the kernel waits for: look now and then.
-                patience = patience - 1 if not poll.poll(_PAUSE) else patience
-                if not patience:
-                    break
-                continue
-            filled += received
-            position, content = self._parse(view, position, filled, content)
-        self.rest = bytes(view[position:filled])
-        return view[:content]
+        self._position = self._content = 0
+        try:
+            self._parse(view, filled)
+            while not self.is_finished and filled < len(view) and patience:
+                received = _receive(sock, view[filled:])
+                if received is None:
+                    # The end of a body may be less than what the kernel waits for: look now and then.
+                    patience -= not poll.poll(_PAUSE)
+                    continue
+                filled += received
+                self._parse(view, filled)
+        except RegistryError as error:
+            # What came before is good; the next call says what is wrong.
+            self._failure = error
+        self.rest = bytes(view[self._position : filled])
+        return view[: self._content]
 
     def _next_buffer(self, size: int) -> bytearray:
         self._buffers.reverse()
@@ -200,34 +213,33 @@ class _ChunkedBody:
             self._buffers[0] = bytearray(size)
         return self._buffers[0]
 
-    def _parse(self, view: memoryview, position: int, end: int, content: int) -> tuple[int, int]:
-        """Find the chunks between `position` and `end`, and move what they hold together, up to `content`.
-
-        Returns:
-            how far the bytes were understood, and where the content ends now.
-        """
-        while position < end and not self.is_finished:
+    def _parse(self, view: memoryview, end: int) -> None:
+        """Find the chunks in what was received up to `end`, and move what they hold together at the front."""
+        while self._position < end and not self.is_finished:
             if self.remaining:
-                taken = min(self.remaining, end - position)
-                view[content : content + taken] = view[position : position + taken]
-                content += taken
-                self.remaining -= taken
-                self.to_skip = 0 if self.remaining else 2
+                taken = self._take_content(view, end)
             elif self.to_skip:
                 taken = 1
-                if view[position] != b"\r\n"[2 - self.to_skip]:
+                if view[self._position] != b"\r\n"[2 - self.to_skip]:
                     raise BadRequest("a chunk is longer than its header says")
                 self.to_skip -= 1
             else:
-                line = bytes(view[position : min(end, position + _LINE_LIMIT)])
+                line = bytes(view[self._position : min(end, self._position + _LINE_LIMIT)])
                 taken = line.find(b"\r\n") + 2
                 if taken < 2:
                     if len(line) == _LINE_LIMIT:
                         raise BadRequest("a chunk header is too long")
-                    break
+                    return
                 self._take_line(line[: taken - 2])
-            position += taken
-        return position, content
+            self._position += taken
+
+    def _take_content(self, view: memoryview, end: int) -> int:
+        taken = min(self.remaining, end - self._position)
+        view[self._content : self._content + taken] = view[self._position : self._position + taken]
+        self._content += taken
+        self.remaining -= taken
+        self.to_skip = 0 if self.remaining else 2
+        return taken
 
     def _take_line(self, line: bytes) -> None:
         if self._is_trailer:

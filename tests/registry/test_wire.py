@@ -1,0 +1,238 @@
+"""Chunked uploads over raw sockets: every way to cut them, and what the connection is good for afterwards."""
+
+from __future__ import annotations
+
+import http.client
+import io
+import json
+import random
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests.content import digest_of
+from tests.services.processes import HytheServer, hythe_server, wait_until
+
+REPOSITORY = "/v2/org/app/blobs/uploads/"
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HytheServer]:
+    with hythe_server(tmp_path_factory.mktemp("wire")) as server:
+        yield server
+
+
+class Answers(io.BufferedReader):
+    """What comes back, for one answer after the other: an answer that is read must not end it."""
+
+    def close(self) -> None:
+        pass
+
+    def makefile(self, _mode: str) -> Answers:
+        return self
+
+
+class Raw:
+    """A connection that says exactly what it is told to."""
+
+    def __init__(self, port: int) -> None:
+        self.socket = socket.create_connection(("127.0.0.1", port), timeout=20)
+        self.answers = Answers(socket.SocketIO(self.socket, "r"))
+
+    def send(self, *parts: bytes) -> None:
+        for part in parts:
+            self.socket.sendall(part)
+
+    def answer(self) -> http.client.HTTPResponse:
+        response = http.client.HTTPResponse(self.answers)  # type: ignore[arg-type]
+        response.begin()
+        response.body = response.read()  # type: ignore[attr-defined]
+        return response
+
+    def ask(self, head: str, *more: str) -> http.client.HTTPResponse:
+        self.send("\r\n".join([f"{head} HTTP/1.1", "Host: x", *more, "", ""]).encode())
+        return self.answer()
+
+    def start_upload(self) -> str:
+        location = self.ask(f"POST {REPOSITORY}", "Content-Length: 0").getheader("Location")
+        assert location
+        return location
+
+    def finish(self, location: str, content: bytes) -> http.client.HTTPResponse:
+        return self.ask(f"PUT {location}?digest={digest_of(content)}", "Content-Length: 0")
+
+
+@contextmanager
+def connected(server: HytheServer) -> Iterator[Raw]:
+    raw = Raw(server.port)
+    try:
+        yield raw
+    finally:
+        raw.socket.close()
+
+
+def head(location: str, *more: str) -> bytes:
+    lines = [f"PATCH {location} HTTP/1.1", "Host: x", "Transfer-Encoding: chunked", *more, "", ""]
+    return "\r\n".join(lines).encode()
+
+
+def chunk(content: bytes, extension: bytes = b"") -> bytes:
+    return b"%x%s\r\n%s\r\n" % (len(content), extension, content)
+
+
+END = b"0\r\n\r\n"
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(
+    sizes=st.lists(st.integers(1, 70_000), min_size=1, max_size=12),
+    cuts=st.lists(st.integers(1, 60_000), max_size=12),
+    seed=st.integers(0, 2**32),
+    extension=st.sampled_from([b"", b";a=b", b" ;x"]),
+    trailer=st.sampled_from([b"", b"X-Checksum: 1\r\n"]),
+)
+def test_chunks_of_any_size_cut_anywhere_arrive_whole(
+    running: HytheServer, sizes: list[int], cuts: list[int], seed: int, extension: bytes, trailer: bytes
+) -> None:
+    content = random.Random(seed).randbytes(sum(sizes))
+    stream, position = b"", 0
+    for size in sizes:
+        stream += chunk(content[position : position + size], extension)
+        position += size
+    stream += b"0\r\n" + trailer + b"\r\n"
+    with connected(running) as raw:
+        location = raw.start_upload()
+        stream = head(location) + stream
+        for cut in cuts:
+            raw.send(stream[:cut])
+            stream = stream[cut:]
+        raw.send(stream)
+        answer = raw.answer()
+        assert answer.status == 202
+        assert answer.getheader("Range") == f"0-{len(content) - 1}"
+        assert raw.finish(location, content).status == 201
+        assert raw.ask(f"GET /v2/org/app/blobs/{digest_of(content)}").body == content  # type: ignore[attr-defined]
+
+
+def test_a_request_sent_right_behind_an_upload_is_answered_too(running: HytheServer) -> None:
+    with connected(running) as raw:
+        location = raw.start_upload()
+        raw.send(head(location) + chunk(b"abc") + END + b"GET /v2/ HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert raw.answer().status == 202
+        assert raw.answer().status == 200
+        assert raw.finish(location, b"abc").status == 201
+
+
+def test_two_uploads_sent_right_behind_each_other_both_arrive(running: HytheServer) -> None:
+    with connected(running) as raw:
+        first, second = raw.start_upload(), raw.start_upload()
+        raw.send(head(first) + chunk(b"abc") + END + head(second) + chunk(b"defg") + END)
+        assert raw.answer().getheader("Range") == "0-2"
+        assert raw.answer().getheader("Range") == "0-3"
+
+
+def test_an_empty_body_is_no_bytes(running: HytheServer) -> None:
+    with connected(running) as raw:
+        location = raw.start_upload()
+        raw.send(head(location) + END)
+        assert raw.answer().status == 202
+        assert raw.finish(location, b"").status == 201
+
+
+def test_a_body_that_nobody_wants_does_not_poison_the_connection(running: HytheServer) -> None:
+    with connected(running) as raw:
+        raw.send(head(REPOSITORY + "no-such-upload") + chunk(b"x" * 300_000))
+        answer = raw.answer()
+        assert answer.status == 404
+        assert json.loads(answer.body)["errors"][0]["code"] == "BLOB_UPLOAD_UNKNOWN"  # type: ignore[attr-defined]
+        raw.send(chunk(b"y" * 300_000) + END)
+        assert raw.ask("GET /v2/").status == 200
+
+
+def test_a_chunk_out_of_order_in_chunked_encoding_is_refused_and_the_connection_goes_on(running: HytheServer) -> None:
+    with connected(running) as raw:
+        location = raw.start_upload()
+        raw.send(head(location, "Content-Range: 5-7") + chunk(b"abc") + END)
+        assert raw.answer().status == 416
+        raw.send(head(location, "Content-Range: 0-2") + chunk(b"abc") + END)
+        assert raw.answer().status == 202
+        assert raw.finish(location, b"abc").status == 201
+
+
+@pytest.mark.parametrize("broken", [b"zz\r\nabc\r\n", b"3\r\nabcXX", b"-3\r\nabc\r\n", b"f" * 2000, b"\r\n\r\n"])
+def test_chunks_that_cannot_be_read_are_refused_and_what_came_before_is_kept(
+    running: HytheServer, broken: bytes
+) -> None:
+    with connected(running) as raw:
+        location = raw.start_upload()
+        raw.send(head(location) + chunk(b"abc") + broken)
+        assert raw.answer().status == 400
+    with connected(running) as raw:
+        assert raw.ask(f"GET {location}").getheader("Range") in ("0-2", "0-5")
+
+
+def test_the_body_is_invited_only_when_it_is_wanted(running: HytheServer) -> None:
+    with connected(running) as raw:
+        location = raw.start_upload()
+        raw.send(head(location, "Expect: 100-continue"))
+        assert raw.socket.recv(64) == b"HTTP/1.1 100 Continue\r\n\r\n"
+        raw.send(chunk(b"abc") + END)
+        assert raw.answer().status == 202
+        raw.send(head(REPOSITORY + "no-such-upload", "Expect: 100-continue"))
+        answer = raw.answer()
+        assert answer.status == 404
+        assert answer.getheader("Connection") == "close"
+
+
+@pytest.mark.parametrize("sent", [0, 1, 3, 100_000, 3_000_000])
+def test_a_client_that_vanishes_leaves_what_it_sent(running: HytheServer, sent: int) -> None:
+    content = random.Random(sent).randbytes(sent)
+    with connected(running) as raw:
+        location = raw.start_upload()
+        raw.send(head(location), b"%x\r\n" % (sent + 10), content)
+
+    def is_there() -> bool:
+        with connected(running) as raw:
+            return raw.ask(f"GET {location}").getheader("Range") == f"0-{max(0, sent - 1)}"
+
+    def goes_on() -> bool:
+        with connected(running) as raw:
+            raw.send(head(location, f"Content-Range: {sent}-{sent + 2}") + chunk(b"end") + END)
+            status = raw.answer().status
+            assert status in (202, 409)
+            return status == 202
+
+    wait_until(is_there, f"{sent} bytes to be counted")
+    wait_until(goes_on, "the vanished client to be let go of")
+    with connected(running) as raw:
+        assert raw.finish(location, content + b"end").status == 201
+
+
+def test_a_client_that_falls_silent_is_told_so(tmp_path: Path) -> None:
+    with hythe_server(tmp_path, environment={"HYTHE_UPLOADS__STALL_SECONDS": "1"}) as server, connected(server) as raw:
+        location = raw.start_upload()
+        raw.send(head(location) + chunk(b"abc"))
+        assert raw.answer().status == 408
+        with connected(server) as other:
+            assert other.ask(f"GET {location}").getheader("Range") == "0-2"
+
+
+def test_a_slow_client_keeps_no_thread(tmp_path: Path) -> None:
+    with hythe_server(tmp_path) as server:
+        slow = [Raw(server.port) for _ in range(40)]
+        locations = [raw.start_upload() for raw in slow]
+        for raw, location in zip(slow, locations, strict=True):
+            raw.send(head(location) + chunk(b"abc"))
+        with connected(server) as raw:
+            location = raw.start_upload()
+            raw.send(head(location) + chunk(b"x" * 500_000) + END)
+            assert raw.answer().status == 202
+        for raw in slow:
+            raw.send(END)
+            assert raw.answer().getheader("Range") == "0-2"
+            raw.socket.close()
