@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
 import pytest
@@ -20,11 +21,15 @@ from registry.metadata.tables import now, upload_session
 from registry.sweeper import Sweeper
 from storage.base import Checkpoint
 from storage.digest import Digest
+from storage.errors import StorageError
 from storage.filesystem import FilesystemStore
 from storage.names import RepositoryName
+from tests.services.processes import wait_until
 
 NAME = RepositoryName("org/team/app")
 IDLE = 60
+#: The clock that stamps files; `time` has no name for it. [clock_gettime(2)]
+CLOCK_REALTIME_COARSE = 5
 
 
 @pytest.fixture
@@ -65,7 +70,7 @@ async def open_session(store: FilesystemStore, database: Database, name: str, id
     return checkpoint.key
 
 
-def set_times(connection: Connection, session_id: str, **values: int) -> None:
+def set_times(connection: Connection, session_id: str, /, **values: int) -> None:
     connection.execute(update(upload_session).where(upload_session.c.id == session_id).values(**values))
 
 
@@ -88,6 +93,12 @@ async def keys(store: FilesystemStore) -> set[str]:
 
 def ids(connection: Connection) -> set[str]:
     return set(connection.scalars(select(upload_session.c.id)))
+
+
+async def until(condition: Callable[[], Awaitable[bool]]) -> None:
+    async with asyncio.timeout(20):
+        while not await condition():  # noqa: ASYNC110 - what is waited for is a row or a file
+            await asyncio.sleep(0.005)
 
 
 def age(store: FilesystemStore, key: str) -> None:
@@ -197,32 +208,65 @@ async def test_the_first_process_sweeps_and_recovers_only_after_a_crash(
     await put_bytes(store, "left")
     await open_session(store, database, "idle", IDLE + 5)
     # The coarse clock that stamps files must have ticked on.
-    while max([found.modified async for found in store.objects()]) >= time.time() - 0.02:
-        await asyncio.sleep(0.005)
+    stamped = max([found.modified async for found in store.objects()])
+    wait_until(lambda: time.clock_gettime(CLOCK_REALTIME_COARSE) > stamped, "a tick")
     await sweeper.start(first=first, recover=recover)
     expected = {"uploads/left", "uploads/idle"}
     expected -= {"uploads/idle"} if first else set()
     expected -= {"uploads/left"} if first and recover else set()
-    async with asyncio.timeout(20):
-        while await keys(store) != expected:
-            await asyncio.sleep(0.01)
+
+    async def is_done() -> bool:
+        return await keys(store) == expected
+
+    await until(is_done)
     await sweeper.stop()
-    assert await keys(store) == expected
+    assert await is_done()
 
 
-async def test_a_sweep_that_failed_is_tried_again(store: FilesystemStore, database: Database) -> None:
+@pytest.fixture
+async def odd(store: FilesystemStore, database: Database) -> AsyncIterator[str]:
+    """An idle upload whose bytes cannot be unlinked: they are no file."""
     await database.note(sessions.create, "odd", NAME, Checkpoint("uploads/odd", "sha256"))
     await database.note(set_times, "odd", updated_at=0)
-    # Not a file: it cannot be unlinked.
     (store.root / "uploads/odd").mkdir()
+    yield "uploads/odd"
+    (store.root / "uploads/odd").rmdir()
+
+
+async def test_a_sweep_that_failed_is_tried_again(store: FilesystemStore, database: Database, odd: str) -> None:
     sweeper = Sweeper(store, database, IDLE, 0)
     await sweeper.start(first=True, recover=False)
-    async with asyncio.timeout(20):
-        while await database.read(ids):
-            await asyncio.sleep(0.01)
-        await open_session(store, database, "next", IDLE + 5)
-        while "next" in await database.read(ids):
-            await asyncio.sleep(0.01)
+
+    async def is_swept() -> bool:
+        return await keys(store) == {odd} and not await database.read(ids)
+
+    await until(is_swept)
+    await open_session(store, database, "next", IDLE + 5)
+    await until(is_swept)
     await sweeper.stop()
-    (store.root / "uploads/odd").rmdir()
+
+
+async def test_bytes_that_cannot_be_deleted_do_not_keep_those_of_others(
+    store: FilesystemStore, database: Database, sweeper: Sweeper, odd: str
+) -> None:
+    for number in range(5):
+        await open_session(store, database, f"idle-{number}", IDLE + 5)
+    with contextlib.suppress(OSError, StorageError):
+        await sweeper.sweep()
+    assert await keys(store) <= {odd}
+
+
+async def test_a_sweep_that_is_stopped_finishes_what_it_began(
+    store: FilesystemStore, database: Database, sweeper: Sweeper
+) -> None:
+    for number in range(40):
+        await open_session(store, database, f"idle-{number}", IDLE + 5)
+    await sweeper.start(first=True, recover=False)
+
+    async def has_begun() -> bool:
+        return not await database.read(ids)
+
+    await until(has_begun)
+    await sweeper.stop()
+    # Nothing would ever look for bytes without a row again: only a crash makes the server do so.
     assert await keys(store) == set()
