@@ -9,10 +9,14 @@ import socket
 PATIENCE = 15.0
 
 
-def exchange(port: int, sent: bytes, *, end: bool = True) -> bytes:
-    """Send bytes and return all that comes back until the server closes; raise `TimeoutError` if it never does.
+def exchange(port: int, sent: bytes, *, end: bool = True, until: bytes = b"") -> bytes:
+    """Send bytes and return what comes back; raise `TimeoutError` if the server falls silent before it is done.
 
-    With `end`, say that nothing more will be sent, as a client does that went away.
+    Args:
+        port: of the server, on loopback.
+        sent: the bytes.
+        end: say that nothing more will be sent, as a client does that went away.
+        until: stop reading after these bytes; else when the server closes.
     """
     with socket.create_connection(("127.0.0.1", port), timeout=PATIENCE) as connection:
         # The server may have closed already: what it said before counts.
@@ -20,12 +24,12 @@ def exchange(port: int, sent: bytes, *, end: bool = True) -> bytes:
             connection.sendall(sent)
             if end:
                 connection.shutdown(socket.SHUT_WR)
-        return _read_all(connection)
+        return _read(connection, until)
 
 
-def _read_all(connection: socket.socket) -> bytes:
+def _read(connection: socket.socket, until: bytes) -> bytes:
     received = b""
     with contextlib.suppress(ConnectionResetError):
-        while piece := connection.recv(65536):
+        while not (until and until in received) and (piece := connection.recv(65536)):
             received += piece
     return received
