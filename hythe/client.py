@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import urllib.error
 import urllib.request
@@ -36,7 +37,7 @@ def ask(server: str, method: str, endpoint: str, /, **parameters: str) -> Any:
             return json.load(response)
     except urllib.error.HTTPError as error:
         raise ServerError(_message(error)) from None
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, http.client.HTTPException, ValueError) as error:
         reason = getattr(error, "reason", error)
         raise ServerError(
             f"no registry answers at {server}: {reason} (start one with: hythe serve; name another with --server)"
@@ -56,7 +57,12 @@ def pages(server: str, endpoint: str, field: str, /, **parameters: str) -> Itera
 
 def _base(server: str) -> str:
     url = server if "://" in server else f"http://{server}"
-    if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).netloc:
+    try:
+        parts = urlsplit(url)
+        is_good = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        is_good = False
+    if not is_good:
         raise ServerError(f"--server must look like http://HOST:PORT, got {server!r}")
     return url.rstrip("/")
 

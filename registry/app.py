@@ -22,7 +22,7 @@ from registry.logs import AccessLog, is_json
 from registry.manifests import Manifests
 from registry.metadata.engine import Database
 from registry.metrics import Metrics
-from registry.middleware import Observer
+from registry.middleware import Observer, sign
 from registry.referrers import Referrers
 from registry.routes import Endpoint
 from registry.sweeper import Sweeper
@@ -105,6 +105,7 @@ def build(settings: Settings, *, process: Process | None = None, store: Store | 
         if access_log:
             access_log.close()
 
+    app.on_response_prepare.append(sign)
     app.cleanup_ctx.append(life)
     return app
 

@@ -37,8 +37,9 @@ class Cache(Generic[V]):
 
     def get(self, key: Hashable) -> V | None:
         """Return what is known under `key` now."""
-        if self.epoch() != self._seen:
-            self._forget()
+        epoch = self.epoch()
+        if epoch != self._seen:
+            self._forget(epoch)
             return None
         value = self._entries.get(key)
         if value is not None:
@@ -50,7 +51,7 @@ class Cache(Generic[V]):
         if epoch != self.epoch():
             return
         if epoch != self._seen:
-            self._forget()
+            self._forget(epoch)
         if key in self._entries:
             return
         self._entries[key] = value
@@ -59,8 +60,8 @@ class Cache(Generic[V]):
             _, dropped = self._entries.popitem(last=False)
             self._used -= self._size(dropped)
 
-    def _forget(self) -> None:
-        self._seen = self.epoch()
+    def _forget(self, epoch: int) -> None:
+        self._seen = epoch
         self._entries.clear()
         self._used = 0
 

@@ -7,6 +7,7 @@ types are refused with the key's path. `config.example.toml` names every key wit
 from __future__ import annotations
 
 import ipaddress
+import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,10 +17,12 @@ import msgspec
 from msgspec import Meta, Struct, structs
 
 from registry.errors import ConfigurationError
+from registry.metadata.engine import sqlite_path
 
 _Positive = Annotated[int, Meta(ge=1)]
 _Bytes = Annotated[int, Meta(ge=0)]
 _ENVIRONMENT_PREFIX: Final = "HYTHE_"
+_LISTEN: Final = re.compile(r"(?:\[(?P<ipv6>[0-9a-fA-F:.]+)\]|(?P<host>[A-Za-z0-9._-]+)):(?P<port>[0-9]{1,5})")
 
 
 class _Table(Struct, frozen=True, forbid_unknown_fields=True):
@@ -129,10 +132,10 @@ def parse_listen(text: str) -> tuple[str, int]:
     Raises:
         ConfigurationError: it is something else.
     """
-    host, colon, port = text.rpartition(":")
-    if not colon or not port.isdecimal() or int(port) > 65535 or not host:
+    match = _LISTEN.fullmatch(text)
+    if match is None or int(match["port"]) > 65535:
         raise ConfigurationError(f"server.listen: expected HOST:PORT, such as 127.0.0.1:5000, got {text!r}")
-    return host.removeprefix("[").removesuffix("]"), int(port)
+    return match["ipv6"] or match["host"], int(match["port"])
 
 
 def is_loopback(host: str) -> bool:
@@ -172,8 +175,10 @@ def _set(tree: dict[str, Any], keys: list[str], text: str) -> None:
         expected = fields[key]
     if _is_table(expected):
         raise ConfigurationError(f"{'.'.join(keys)}: this is a table of settings, name one of them")
-    for key in keys[:-1]:
+    for depth, key in enumerate(keys[:-1], 1):
         tree = tree.setdefault(key, {})
+        if not isinstance(tree, dict):
+            raise ConfigurationError(f"{'.'.join(keys[:depth])}: expected a table, got {tree!r}")
     try:
         tree[keys[-1]] = msgspec.convert(text, expected, strict=False)
     except msgspec.ValidationError as error:
@@ -195,7 +200,8 @@ def _explain(error: msgspec.ValidationError) -> str:
 
 
 def _check(settings: Settings) -> None:
-    """Refuse what would be open by accident."""
+    """Refuse what cannot work, and what would be open by accident."""
+    sqlite_path(settings.database.url)
     host, _ = parse_listen(settings.server.listen)
     if is_loopback(host):
         return

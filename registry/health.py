@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Final
+from collections.abc import Callable, Coroutine
+from typing import Any, Final
 
 from aiohttp import web
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
@@ -27,6 +28,7 @@ class Health:
         self._database = database
         self._store = store
         self._metrics = metrics
+        self._asked: dict[str, asyncio.Task[None]] = {}
 
     def routes(self) -> list[web.RouteDef]:
         """Return the routes."""
@@ -42,7 +44,10 @@ class Health:
 
     async def ready(self, request: web.Request) -> web.StreamResponse:  # noqa: ARG002
         """The database and the store answer too: 503 and which one, where not."""
-        answers = {"database": await self._ask_database(), "store": await self._ask_store()}
+        answers = {
+            "database": await self._ask("database", lambda: self._database.note(sessions.probe)),
+            "store": await self._ask("store", self._store.probe),
+        }
         is_ready = set(answers.values()) == {"ok"}
         return json_response(answers, status=200 if is_ready else 503)
 
@@ -52,18 +57,17 @@ class Health:
         body = await asyncio.to_thread(self._metrics.render, open_sessions)
         return web.Response(body=body, headers={"Content-Type": CONTENT_TYPE_LATEST})
 
-    async def _ask_database(self) -> str:
-        try:
-            async with asyncio.timeout(_PATIENCE):
-                await self._database.note(sessions.probe)
-        except (MetadataError, TimeoutError) as error:
-            return f"failed: {error or 'no answer'}"
-        return "ok"
-
-    async def _ask_store(self) -> str:
-        try:
-            async with asyncio.timeout(_PATIENCE):
-                await self._store.probe()
-        except (StorageError, TimeoutError) as error:
-            return f"failed: {error or 'no answer'}"
-        return "ok"
+    async def _ask(self, name: str, probe: Callable[[], Coroutine[Any, Any, None]]) -> str:
+        """Return what a probe says in time. One that hangs is asked again only when it has ended."""
+        if name not in self._asked:
+            self._asked[name] = asyncio.create_task(probe())
+        task = self._asked[name]
+        if not (await asyncio.wait({task}, timeout=_PATIENCE))[0]:
+            return "failed: no answer"
+        self._asked.pop(name, None)
+        error = task.exception()
+        if error is None:
+            return "ok"
+        if isinstance(error, MetadataError | StorageError):
+            return f"failed: {error}"
+        raise error

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
+from collections.abc import MutableMapping
 from datetime import UTC, datetime
 from queue import SimpleQueue
 from threading import Thread
@@ -16,6 +17,7 @@ from typing import Any, Final, NamedTuple
 
 import msgspec
 import structlog
+from aiohttp.http_exceptions import HttpProcessingError
 
 from registry.config import LogSettings
 
@@ -82,13 +84,13 @@ def _json(entry: Access) -> bytes:
                 "level": "info",
                 "event": "request",
                 "method": entry.method,
-                "path": entry.path,
+                "path": printable(entry.path),
                 "status": entry.status,
                 "bytes_in": entry.bytes_in,
                 "bytes_out": entry.bytes_out,
                 "ms": round(entry.duration * 1000, 2),
                 "remote": entry.remote,
-                "agent": entry.agent,
+                "agent": printable(entry.agent),
                 "request_id": entry.request_id,
             }
         )
@@ -98,9 +100,30 @@ def _json(entry: Access) -> bytes:
 
 def _text(entry: Access) -> bytes:
     clock = time.strftime("%H:%M:%S", time.localtime(entry.at))
-    path = entry.path.encode("unicode_escape").decode()
+    path = printable(entry.path)
     size = entry.bytes_in or entry.bytes_out
     return (f"{clock} {entry.status} {entry.method:<6} {path}  {size} B  {entry.duration * 1000:.1f} ms\n").encode()
+
+
+def printable(text: str) -> str:
+    """Return `text` such that it cannot end a line or steer a terminal."""
+    return text if text.isprintable() else text.encode("unicode_escape").decode()
+
+
+def _make_printable(_logger: object, _method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    return {name: printable(value) if isinstance(value, str) else value for name, value in event.items()}
+
+
+class _Forward(logging.Handler):
+    """Takes what libraries log into our log: as one line, and what is only a broken client's doing as debug."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        error = record.exc_info[1] if record.exc_info else None
+        log = structlog.get_logger()
+        if isinstance(error, HttpProcessingError | ConnectionError):
+            log.debug(record.getMessage(), logger=record.name, error=repr(error))
+        else:
+            log.log(record.levelno, record.getMessage(), logger=record.name, exc_info=error)
 
 
 _encoder: Final = msgspec.json.Encoder()
@@ -129,11 +152,11 @@ def configure(settings: LogSettings) -> None:
         processors=[
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", utc=True, key="at"),
+            _make_printable,
             *rendering,
         ],
         wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, settings.level.upper())),
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
         cache_logger_on_first_use=False,
     )
-    # aiohttp reports through logging; what it has to say is about broken clients.
-    logging.basicConfig(level=logging.ERROR, stream=sys.stderr, force=True)
+    logging.basicConfig(level=logging.ERROR, handlers=[_Forward()], force=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Final
 
-import msgspec
 from aiohttp import hdrs, web
 from multidict import CIMultiDict
 
@@ -26,7 +25,7 @@ from storage.base import Store
 from storage.digest import Digest
 from storage.errors import ContentMissing, InvalidDigest, InvalidName
 from storage.names import RepositoryName, Tag, parse_tag, referrers_tag
-from storage.oci import Manifest, Platform, Relation, parse_manifest
+from storage.oci import Manifest, Relation, parse_manifest, read_platform
 
 #: [end-7b] a registry must take at least 10.
 _TAGS_LIMIT: Final = 100
@@ -99,9 +98,9 @@ class Manifests:
             if blob.size > _CONFIG_LIMIT:
                 return []
             content = b"".join([piece async for piece in self._store.open(blob.key).read(0, blob.size)])
-            platform = str(msgspec.json.decode(content, type=Platform))
-        except (BlobUnknown, ContentMissing, msgspec.DecodeError):
+        except (BlobUnknown, ContentMissing):
             return []
+        platform = read_platform(content)
         return [platform] if platform else []
 
 

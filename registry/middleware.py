@@ -8,6 +8,7 @@ import secrets
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any, Final
+from urllib.parse import urlencode
 
 import structlog
 from aiohttp import hdrs, web
@@ -32,13 +33,30 @@ from registry.errors import (
 )
 from registry.logs import Access, AccessLog
 from registry.metrics import Metrics
-from registry.responses import BYTES_IN, ROUTE, json_response
+from registry.responses import BYTES_IN, REQUEST_ID, ROUTE, json_response
 from registry.transfer import is_waiting, leave_body
 from storage import errors as storage_errors
 
 _Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 _REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
+
+#: Parameters of the protocol and the API; of any other the value might be a password.
+_HARMLESS: Final = frozenset(
+    [
+        "artifactType",
+        "digest",
+        "digest-algorithm",
+        "from",
+        "last",
+        "mount",
+        "n",
+        "path",
+        "reference",
+        "repository",
+        "tag",
+    ]
+)
 
 #: What an error from below the registry means to a client.
 _MEANING: Final[dict[type[Exception], type[RegistryError]]] = {
@@ -73,15 +91,12 @@ class Observer:
         @web.middleware
         async def observe(request: web.Request, handler: _Handler) -> web.StreamResponse:
             began = time.perf_counter()
-            request_id = self._request_id(request)
+            request_id = request[REQUEST_ID] = self._request_id(request)
             try:
                 response = await handler(request)
             except Exception as error:
                 response = _render(request, error, request_id)
             leave_body(request)
-            if request.path.startswith("/v2/"):
-                response.headers.setdefault("Docker-Distribution-API-Version", "registry/2.0")
-            response.headers["X-Request-Id"] = request_id
             self._record(request, response, time.perf_counter() - began, request_id)
             return response
 
@@ -104,7 +119,7 @@ class Observer:
                 Access(
                     at=time.time(),
                     method=request.method,
-                    path=request.path_qs,
+                    path=_logged_path(request),
                     status=response.status,
                     bytes_in=bytes_in,
                     bytes_out=bytes_out,
@@ -114,6 +129,21 @@ class Observer:
                     agent=request.headers.get(hdrs.USER_AGENT, ""),
                 )
             )
+
+
+async def sign(request: web.Request, response: web.StreamResponse) -> None:
+    """Put the headers on that every answer has, just before it begins."""
+    if request.path.startswith("/v2/"):
+        response.headers["Docker-Distribution-API-Version"] = "registry/2.0"
+    response.headers["X-Request-Id"] = request.get(REQUEST_ID, "-")
+
+
+def _logged_path(request: web.Request) -> str:
+    """Return the path with those parameters that cannot be secrets."""
+    if not request.query_string:
+        return request.path
+    shown = [(name, value) for name, value in request.query.items() if name in _HARMLESS]
+    return f"{request.path}?{urlencode(shown, safe='/:')}" if shown else request.path
 
 
 def _route(request: web.Request) -> str:

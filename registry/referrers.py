@@ -68,7 +68,7 @@ class Referrers:
         except ManifestUnknown:
             return []
         manifests = msgspec.json.decode(listed.content).get("manifests")
-        entries = [entry for entry in manifests or [] if isinstance(entry, dict)]
+        entries = [entry for entry in manifests if isinstance(entry, dict)] if isinstance(manifests, list) else []
         digests = [str(entry.get("digest")) for entry in entries]
         present = await self._database.read(referrers.present, name, digests)
         return [entry for entry in entries if entry.get("digest") in present]

@@ -10,6 +10,8 @@ from aiohttp import web
 
 #: Which endpoint it was for, for metrics.
 ROUTE: Final = web.RequestKey("route", str)
+#: What it is called in the log and in errors.
+REQUEST_ID: Final = web.RequestKey("request_id", str)
 #: Bytes of its body that were taken in.
 BYTES_IN: Final = web.RequestKey("bytes_in", int)
 #: Whether its body was invited. [RFC 9110, 10.1.1]

@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, NoReturn
+from typing import Any, Final, NoReturn
 
 import structlog
 from aiohttp import web
@@ -43,10 +43,10 @@ log = structlog.get_logger()
 
 @dataclass(frozen=True, slots=True)
 class _Server:
-    """What all processes of a server share."""
+    """What all processes of a server share. `sockets` are those of each worker."""
 
     settings: Settings
-    sockets: list[socket.socket]
+    sockets: list[list[socket.socket]]
     recover: bool
     shared: Path | None = None
 
@@ -69,7 +69,7 @@ def serve(settings: Settings, announce: Callable[[str], None]) -> int:
             log.info("database upgraded", copy=copy)
         asyncio.run(_release_sessions(settings))
         sockets = _bind(settings)
-        url = _url(sockets[0], settings)
+        url = _url(sockets[0][0], settings)
         with contextlib.ExitStack() as stack:
             if settings.server.workers == 1:
                 server = _Server(settings, sockets, recover)
@@ -129,28 +129,45 @@ async def _release_sessions(settings: Settings) -> None:
         await database.close()
 
 
-def _bind(settings: Settings) -> list[socket.socket]:
+def _bind(settings: Settings) -> list[list[socket.socket]]:
+    """Return listening sockets for each worker.
+
+    Workers have sockets of their own, between which the kernel deals out connections; on a shared one the first to
+    wake up would take most. The watching process keeps them all, so that no connection is lost with a worker.
+    """
+    workers = settings.server.workers
     host, port = parse_listen(settings.server.listen)
-    sockets: list[socket.socket] = []
     try:
-        for family, kind, protocol, _, address in socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        ):
-            if host == "localhost" and sockets:
-                break
-            sock = socket.socket(family, kind, protocol)
-            sockets.append(sock)
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            if family == socket.AF_INET6:
-                sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-            sock.bind(address)
-            sock.listen(_BACKLOG)
-            sock.setblocking(False)
-    except OSError as error:
-        for sock in sockets:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        addresses: list[tuple[int, Any]] = [
+            (entry[0], entry[4]) for entry in (found[:1] if host == "localhost" else found)
+        ]
+        # Also with several workers the first look is for another server, with which ports are not to be shared.
+        alone = [_listen(family, address, shared=False) for family, address in addresses]
+        if workers == 1:
+            return [alone]
+        addresses = [(sock.family, sock.getsockname()) for sock in alone]
+        for sock in alone:
             sock.close()
+        return [[_listen(family, address, shared=True) for family, address in addresses] for _ in range(workers)]
+    except OSError as error:
         raise ConfigurationError(f"server.listen: {settings.server.listen}: {error.strerror or error}") from None
-    return sockets
+
+
+def _listen(family: int, address: tuple[Any, ...], *, shared: bool) -> socket.socket:
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, shared)
+        if family == socket.AF_INET6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        sock.bind(address)
+        sock.listen(_BACKLOG)
+        sock.setblocking(False)
+    except OSError:
+        sock.close()
+        raise
+    return sock
 
 
 def _url(sock: socket.socket, settings: Settings) -> str:
@@ -173,13 +190,14 @@ def _run(main: object) -> int:
         return runner.run(main)  # type: ignore[arg-type]
 
 
-async def _serve(server: _Server, process: Process, ready: Callable[[], None], parent: int = -1) -> int:
+async def _serve(server: _Server, process: Process, ready: Callable[[], None], index: int = 0, parent: int = -1) -> int:
     """Serve on the sockets until told to stop, then drain.
 
     Args:
         server: what to serve.
         process: which of its processes this is.
         ready: called when requests are answered.
+        index: of the worker.
         parent: a pipe whose end tells that the watching process is gone, or -1.
     """
     settings = server.settings
@@ -197,7 +215,8 @@ async def _serve(server: _Server, process: Process, ready: Callable[[], None], p
     http = runner.server
     assert http is not None
     listeners = [
-        await loop.create_server(lambda: Connection(http()), sock=sock, backlog=_BACKLOG) for sock in server.sockets
+        await loop.create_server(lambda: Connection(http()), sock=sock, backlog=_BACKLOG)
+        for sock in server.sockets[index]
     ]
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -228,8 +247,6 @@ def _supervise(server: _Server, ready: Callable[[], None]) -> int:
     signal.signal(signal.SIGINT, stop)
     for index in range(server.settings.server.workers):
         children[_fork(server, index, alive, held, recover=server.recover)] = index
-    for sock in server.sockets:
-        sock.close()
     ready()
     return _watch(children, lambda: stopping, lambda index: _fork(server, index, alive, held, recover=False))
 
@@ -266,7 +283,7 @@ def _work(server: _Server, index: int, alive: int, held: int, *, recover: bool) 
     try:
         os.close(held)
         process = Process(alone=False, is_first=index == 0, recover=recover, shared=server.shared)
-        code = _run(_serve(server, process, lambda: None, parent=alive))
+        code = _run(_serve(server, process, lambda: None, index, alive))
     except BaseException as error:
         log.error("worker failed", worker=index, exc_info=error)
     finally:

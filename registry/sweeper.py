@@ -35,6 +35,7 @@ class Sweeper:
         self._idle = idle_seconds
         self._pause = sweep_seconds
         self._tasks: list[asyncio.Task[None]] = []
+        self._stopping = asyncio.Event()
 
     async def start(self, *, first: bool, recover: bool) -> None:
         """Begin, in the process that does it for all."""
@@ -45,19 +46,17 @@ class Sweeper:
         self._tasks.append(asyncio.create_task(self._sweep_always()))
 
     async def stop(self) -> None:
-        """End."""
-        for task in self._tasks:
-            task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await task
+        """End, when what was begun is done: bytes whose row is gone would be forgotten."""
+        self._stopping.set()
+        await asyncio.gather(*self._tasks)
 
     async def sweep(self) -> int:
         """Drop idle uploads once; return how many."""
         dropped = 0
-        while keys := await self._database.write(sessions.sweep, self._idle * 1_000_000):
-            for key in keys:
-                await self._store.delete(key)
-            dropped += len(keys)
+        while not self._stopping.is_set() and (
+            keys := await self._database.write(sessions.sweep, self._idle * 1_000_000)
+        ):
+            dropped += await self._delete(keys)
         return dropped
 
     async def clear(self, before: float) -> int:
@@ -67,6 +66,8 @@ class Sweeper:
         async for found in self._store.objects():
             if found.modified < before:
                 chunk.append(found)
+            if self._stopping.is_set():
+                return cleared
             if len(chunk) == _CHUNK:
                 cleared += await self._clear(chunk)
                 chunk = []
@@ -76,9 +77,17 @@ class Sweeper:
         keys = [found.key for found in chunk]
         known = await self._database.read(content.known_keys, keys)
         known |= await self._database.read(sessions.known_keys, keys)
-        for key in set(keys) - known:
-            await self._store.delete(key)
-        return len(set(keys) - known)
+        return await self._delete([key for key in keys if key not in known])
+
+    async def _delete(self, keys: list[str]) -> int:
+        deleted = 0
+        for key in keys:
+            try:
+                await self._store.delete(key)
+                deleted += 1
+            except StorageError as error:
+                log.error("leftover cannot be deleted", key=key, error=str(error))
+        return deleted
 
     async def _recover(self, started: float) -> None:
         try:
@@ -88,10 +97,11 @@ class Sweeper:
             log.error("recovery failed, it will be tried at the next start", error=str(error))
 
     async def _sweep_always(self) -> None:
-        while True:
+        while not self._stopping.is_set():
             try:
                 if dropped := await self.sweep():
                     log.info("idle uploads dropped", uploads=dropped)
             except (StorageError, MetadataError, OSError) as error:
                 log.error("sweep failed", error=str(error))
-            await asyncio.sleep(self._pause)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._stopping.wait(), self._pause)

@@ -87,6 +87,9 @@ class Receiver:
                 failure = error
             except (web.RequestPayloadError, ConnectionError, asyncio.IncompleteReadError) as error:
                 failure = SizeInvalid(f"the body ended early: {error}")
+                # What arrived before is hidden behind the exception; it counts all the same.
+                request.content.set_exception(None)  # type: ignore[arg-type]
+                gathered.append(request.content.read_nowait())
             else:
                 if not piece:
                     break
@@ -95,7 +98,7 @@ class Receiver:
                 if size >= self._piece_size():
                     yield gathered
                     gathered, size = [], 0
-        if gathered:
+        if any(gathered):
             yield gathered
         if failure is not None:
             raise failure

@@ -33,7 +33,7 @@ from registry.responses import BYTES_IN
 from registry.transfer import Appender, Receiver
 from storage.base import Store, Upload
 from storage.digest import CANONICAL, Digest, check_algorithm
-from storage.errors import DigestMismatch, UploadLost
+from storage.errors import DigestMismatch, InvalidName, UploadLost
 from storage.names import RepositoryName, parse_repository
 
 #: After so many bytes, or so many seconds, a long request notes how far it came: for clients that can resume.
@@ -108,15 +108,19 @@ class Uploads:
 
     async def _mount(self, call: Call, digest: Digest) -> bool:
         """Take the blob over from `from`, or from any repository that the client may pull from."""
-        named = call.parameter("from")
-        if named is not None:
-            sources = [parse_repository(named)]
-        else:
-            sources = [RepositoryName(name) for name in await self._database.read(content.holders, digest)]
-        for source in sources:
+        for source in await self._sources(call.parameter("from"), digest):
             if self._access.may(call.identity, source, Right.PULL):
                 return await self._database.write(content.mount_blob, source, call.repository, digest)
         return False
+
+    async def _sources(self, named: str | None, digest: Digest) -> list[RepositoryName]:
+        if named is None:
+            return [RepositoryName(name) for name in await self._database.read(content.holders, digest)]
+        try:
+            return [parse_repository(named)]
+        except InvalidName:
+            # Nothing can be mounted from there; the client uploads, as for any mount that cannot be done.
+            return []
 
     @asynccontextmanager
     async def _claimed(self, call: Call, session_id: str) -> AsyncIterator[_Claim]:

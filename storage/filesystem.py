@@ -70,7 +70,7 @@ class FilesystemStore:
         return _FileContent(self._path(key))
 
     async def delete(self, key: str) -> None:
-        with contextlib.suppress(FileNotFoundError):
+        with _disk_errors(), contextlib.suppress(FileNotFoundError):
             await aiofiles.os.unlink(self._path(key))
 
     async def objects(self) -> AsyncIterator[StoredObject]:
@@ -103,13 +103,15 @@ class FilesystemStore:
                     # The later of the two: a rename moves ctime only, and it is renamed files we must not take.
                     modified = max(status.st_mtime, status.st_ctime)
                     key = str(Path(entry.path).relative_to(self.root))
-                    found.append(StoredObject(key, status.st_size, modified))
+                    if _KEY.fullmatch(key):
+                        found.append(StoredObject(key, status.st_size, modified))
         return found
 
     def _write_probe(self) -> None:
-        path = self.root / f"probe.{os.getpid()}"
+        path = self.root / "uploads" / f".probe.{os.getpid()}"
         try:
             path.write_bytes(b"hythe")
+            (self.root / "blobs").stat()
         finally:
             path.unlink(missing_ok=True)
 

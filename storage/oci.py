@@ -7,7 +7,6 @@ The bytes of a manifest are never written again from what was read here: its dig
 from __future__ import annotations
 
 import base64
-import binascii
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Annotated, Final
@@ -124,6 +123,9 @@ class Manifest:
     annotations: dict[str, str]
 
 
+#: What decoding raises: not JSON, not UTF-8, or nested to exhaust us.
+_UNREADABLE: Final = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+
 _document: Final = msgspec.json.Decoder(_Document)
 _kind: Final = msgspec.json.Decoder(_Kind)
 
@@ -140,14 +142,14 @@ def parse_manifest(content: bytes, content_type: str) -> Manifest:
     """
     try:
         kind = _kind.decode(content)
-    except msgspec.DecodeError as error:
+    except _UNREADABLE as error:
         raise InvalidManifest(f"the manifest is not a JSON object of the right shape: {error}") from None
     media_type = _media_type(kind, content_type)
     if media_type not in IMAGES and media_type not in INDEXES:
         return _opaque(content, media_type)
     try:
         document = _document.decode(content)
-    except msgspec.DecodeError as error:
+    except _UNREADABLE as error:
         raise InvalidManifest(f"the manifest has the wrong shape: {error}") from None
     return _checked(document, media_type)
 
@@ -206,8 +208,16 @@ def _opaque(content: bytes, media_type: str) -> Manifest:
     """A manifest of a type nobody has heard of: kept as it is, what can be understood of it is."""
     try:
         return _facts(_document.decode(content), media_type, ())
-    except (msgspec.DecodeError, InvalidManifest):
+    except (*_UNREADABLE, InvalidManifest):
         return Manifest(media_type, (), None, "", {})
+
+
+def read_platform(config: bytes) -> str:
+    """Return the platform that an image's configuration names, empty where it names none or cannot be read."""
+    try:
+        return str(msgspec.json.decode(config, type=Platform))
+    except _UNREADABLE:
+        return ""
 
 
 def _links(relation: Relation, descriptors: list[Descriptor], field: str) -> list[Link]:
@@ -231,7 +241,7 @@ def _check_data(descriptor: Descriptor, digest: Digest, where: str) -> None:
     """Inline data must be what the descriptor says, or clients that use it are led astray."""
     try:
         data = base64.b64decode(str(descriptor.data), validate=True)
-    except binascii.Error:
+    except ValueError:
         raise InvalidManifest(f"not base64 - at `$.{where}.data`") from None
     if len(data) != descriptor.size or Digest.of(data, digest.algorithm) != digest:
         raise InvalidManifest(f"inline data of another size or digest than the descriptor's - at `$.{where}.data`")

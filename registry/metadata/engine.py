@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Concatenate, Final, ParamSpec, TypeVar
 
 from sqlalchemy import Connection, Engine, create_engine, event, make_url
-from sqlalchemy.exc import ArgumentError, DBAPIError, OperationalError
+from sqlalchemy.exc import ArgumentError, DatabaseError, DBAPIError, OperationalError
 
 from registry.errors import ConfigurationError, MetadataFull, MetadataUnavailable
 from storage.threads import run, settle
@@ -94,6 +94,8 @@ class Database:
         self._writer.dispose()
 
     async def _enqueue(self, work: Callable[[Connection], T], *, durable: bool) -> T:
+        if not self._thread.is_alive():
+            raise MetadataUnavailable("the database is closed")
         future: Future[T] = Future()
         self._queue.put(_Job(work, durable and self._sync, future))
         return await settle(future)
@@ -216,6 +218,7 @@ def _sql_errors() -> Iterator[None]:
         text = str(error.orig if isinstance(error, DBAPIError) else error)
         if "disk is full" in text or "disk I/O error" in text:
             raise MetadataFull(f"no space left for the database: {text}") from error
-        if isinstance(error, OperationalError | sqlite3.OperationalError):
+        # DatabaseError itself, none of its kinds: the file is damaged, or no database.
+        if isinstance(error, OperationalError | sqlite3.OperationalError) or type(error) is DatabaseError:
             raise MetadataUnavailable(f"the database does not answer: {text}") from error
         raise

@@ -13,7 +13,7 @@ from typing import Final
 
 import migrations
 from registry.errors import ConfigurationError
-from registry.metadata.engine import prepare, sqlite_path
+from registry.metadata.engine import sqlite_path
 
 #: SQLite names it like this in a fresh database.
 _NONE: Final = ""
@@ -53,7 +53,6 @@ def _current(path: Path) -> str:
     """Return the revision of a database, empty for a fresh one."""
     try:
         with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as connection:
-            prepare(connection)
             tables = {row[0] for row in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
             if not tables:
                 return _NONE
