@@ -280,9 +280,13 @@ def test_a_log_on_the_full_disk_breaks_nothing_and_goes_on_when_there_is_room(tm
         assert_out_of_room(ask(server, "POST", f"{UPLOADS}?digest={digest_of(CONTENT)}", CONTENT))
         assert_served(server, image, "latest")
         fill_disk(disk)
-        # More lines than fit into the last page of the log.
-        for _ in range(30):
+
+        def is_stopped() -> bool:
             assert_served(server, image, "latest")
+            # Lines do not end at the end of a page: the last one did not fit.
+            return server.output.stat().st_size % 4096 == 0
+
+        wait_until(is_stopped, "the log to meet the full disk")
         (disk / "ballast").unlink()
         _, headers, _ = ask(server, "GET", "/v2/")
         wait_until(lambda: headers["X-Request-Id"] in server.output.read_text(errors="replace"), "the log to go on")
