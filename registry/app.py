@@ -7,6 +7,7 @@ import contextlib
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 from aiohttp import web
 
@@ -30,6 +31,8 @@ from registry.transfer import Receiver, Sender
 from registry.uploads import Uploads
 from storage.base import Store
 from storage.filesystem import FilesystemStore
+
+OBSERVER: Final = web.AppKey("observer", Observer)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +87,7 @@ def build(settings: Settings, *, process: Process | None = None, store: Store | 
     )
     observer = Observer(metrics, access_log)
     app = web.Application(middlewares=[observer.middleware()])
+    app[OBSERVER] = observer
     app.router.add_route("*", "/v2/{path:.*}", Dispatcher(table, access).handle, expect_handler=_uninvited)
     app.router.add_get("/v2", _to_base)
     app.router.add_routes(Browse(database, contents, access, delete=settings.registry.delete).routes())

@@ -29,6 +29,8 @@ from storage.oci import Manifest, Relation, parse_manifest, read_platform
 
 #: [end-7b] a registry must take at least 10.
 _TAGS_LIMIT: Final = 100
+#: Some clients read at most 100 headers; more tags than this share one. [RFC 9110, 5.3]
+_TAG_HEADERS: Final = 50
 #: Configurations are small; one that is larger is not read for its platform.
 _CONFIG_LIMIT: Final = 4 << 20
 
@@ -152,8 +154,10 @@ def _created(call: Call, pushed: PushedManifest, reference: Tag | Digest, moved:
         }
     )
     if isinstance(reference, Digest):
-        for tag in moved:
+        for tag in moved[:_TAG_HEADERS]:
             headers.add("OCI-Tag", tag)
+        if rest := moved[_TAG_HEADERS:]:
+            headers.add("OCI-Tag", ", ".join(rest))
     if pushed.facts.subject:
         headers["OCI-Subject"] = str(pushed.facts.subject)
     if _is_referrers_tag(reference):

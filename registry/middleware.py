@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import itertools
 import re
 import secrets
@@ -84,6 +86,9 @@ class Observer:
         self._access_log = access_log
         self._run = secrets.token_hex(4)
         self._numbers = itertools.count(1)
+        self._in_flight = 0
+        self._is_draining = False
+        self._idle = asyncio.Event()
 
     def middleware(self) -> Any:
         """Return what `web.Application` takes."""
@@ -91,16 +96,34 @@ class Observer:
         @web.middleware
         async def observe(request: web.Request, handler: _Handler) -> web.StreamResponse:
             began = time.perf_counter()
+            self._in_flight += 1
             request_id = request[REQUEST_ID] = self._request_id(request)
             try:
                 response = await handler(request)
             except Exception as error:
                 response = _render(request, error, request_id)
+            finally:
+                self._in_flight -= 1
+                if not self._in_flight:
+                    self._idle.set()
             leave_body(request)
+            if self._is_draining:
+                response.force_close()
             self._record(request, response, time.perf_counter() - began, request_id)
             return response
 
         return observe
+
+    async def drain(self, seconds: float) -> None:
+        """Wait until no request is in flight, at most so many seconds; connections end with their answers.
+
+        aiohttp's own way would drop the rest of a body that is still on its way in.
+        """
+        self._is_draining = True
+        self._idle.clear()
+        if self._in_flight:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._idle.wait(), seconds)
 
     def _request_id(self, request: web.Request) -> str:
         sent = request.headers.get("X-Request-Id")

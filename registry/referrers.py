@@ -71,7 +71,7 @@ class Referrers:
         entries = [entry for entry in manifests if isinstance(entry, dict)] if isinstance(manifests, list) else []
         digests = [str(entry.get("digest")) for entry in entries]
         present = await self._database.read(referrers.present, name, digests)
-        return [entry for entry in entries if entry.get("digest") in present]
+        return [entry for entry in entries if str(entry.get("digest")) in present]
 
 
 def _descriptor(row: Referrer) -> _Descriptor:

@@ -23,7 +23,7 @@ from typing import Any, Final, NoReturn
 import structlog
 from aiohttp import web
 
-from registry.app import Process, build
+from registry.app import OBSERVER, Process, build
 from registry.config import Settings, is_loopback, parse_listen
 from registry.errors import ConfigurationError
 from registry.logs import configure
@@ -37,6 +37,9 @@ _RUNNING: Final = b"running\n"
 _BACKLOG: Final = 1024
 #: A worker that dies sooner than this after its start is not started again at once. Seconds.
 _RESTART_PAUSE: Final = 1.0
+
+#: For answers on their way out, when the time to drain is over.
+_LAST_SECONDS: Final = 1.0
 
 log = structlog.get_logger()
 
@@ -206,7 +209,7 @@ async def _serve(server: _Server, process: Process, ready: Callable[[], None], i
         app,
         access_log=None,
         handle_signals=False,
-        shutdown_timeout=settings.server.drain_seconds,
+        shutdown_timeout=_LAST_SECONDS,
         keepalive_timeout=75,
         max_field_size=16384,
     )
@@ -227,6 +230,7 @@ async def _serve(server: _Server, process: Process, ready: Callable[[], None], i
     await stop.wait()
     for listener in listeners:
         listener.close()
+    await app[OBSERVER].drain(settings.server.drain_seconds)
     await runner.cleanup()
     return 0
 

@@ -7,6 +7,7 @@ The bytes of a manifest are never written again from what was read here: its dig
 from __future__ import annotations
 
 import base64
+import re
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Annotated, Final
@@ -123,6 +124,9 @@ class Manifest:
     annotations: dict[str, str]
 
 
+#: [RFC 6838, 4.2]
+_MEDIA_TYPE: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9!#$&^_.+-]{0,126}/[A-Za-z0-9][A-Za-z0-9!#$&^_.+-]{0,126}")
+
 #: What decoding raises: not JSON, not UTF-8, or nested to exhaust us.
 _UNREADABLE: Final = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 
@@ -159,6 +163,8 @@ def _media_type(kind: _Kind, content_type: str) -> str:
     if inside and content_type and inside != content_type:
         raise InvalidManifest(f"the manifest says mediaType {inside!r}, the request Content-Type {content_type!r}")
     media_type = content_type or inside
+    if media_type and not _MEDIA_TYPE.fullmatch(media_type):
+        raise InvalidManifest(f"{media_type[:200]!r} is not a media type")
     if media_type in DOCKER_SCHEMA_1 or kind.fs_layers is not UNSET:
         raise InvalidManifest(
             "Docker image manifest schema 1 is not supported: push again with a docker of 2016 or later"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Final
 
 import msgspec
 from sqlalchemy import Connection, and_, delete, exists, func, insert, select, update
@@ -24,6 +25,8 @@ from registry.metadata.tables import (
 from storage.digest import Digest
 from storage.names import RepositoryName, Tag
 from storage.oci import INDEXES, Link, Manifest, Relation
+
+_INTEGER_LIMIT: Final = 2**63 - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -287,7 +290,8 @@ def _insert_manifest(connection: Connection, pushed: PushedManifest, found: dict
             subject=str(facts.subject) if facts.subject else None,
             artifact_type=facts.artifact_type,
             annotations=msgspec.json.encode(facts.annotations).decode(),
-            image_size=sum(_size(link, found[link.digest]) for link in facts.links),
+            # What a client writes into descriptors may add up to more than a database counts.
+            image_size=min(_INTEGER_LIMIT, sum(_size(link, found[link.digest]) for link in facts.links)),
             platforms=msgspec.json.encode(_platforms(pushed)).decode(),
             created_at=now(),
         )

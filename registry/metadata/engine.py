@@ -36,6 +36,10 @@ _READERS: Final = 4
 _BUSY_SECONDS: Final = 15
 
 
+#: The general kind, none of its special ones: the file is damaged, or no database.
+_DAMAGED: Final = (DatabaseError, sqlite3.DatabaseError)
+
+
 @dataclass(slots=True)
 class _Job:
     work: Callable[[Connection], Any]
@@ -218,7 +222,6 @@ def _sql_errors() -> Iterator[None]:
         text = str(error.orig if isinstance(error, DBAPIError) else error)
         if "disk is full" in text or "disk I/O error" in text:
             raise MetadataFull(f"no space left for the database: {text}") from error
-        # DatabaseError itself, none of its kinds: the file is damaged, or no database.
-        if isinstance(error, OperationalError | sqlite3.OperationalError) or type(error) is DatabaseError:
+        if isinstance(error, OperationalError | sqlite3.OperationalError) or type(error) in _DAMAGED:
             raise MetadataUnavailable(f"the database does not answer: {text}") from error
         raise
