@@ -12,6 +12,7 @@ from multidict import CIMultiDict
 from registry.calls import Call
 from registry.contents import Contents
 from registry.ranges import parse_ranges
+from registry.responses import is_known
 from registry.transfer import Sender
 from storage.base import Content, Store
 from storage.digest import Digest
@@ -33,7 +34,7 @@ class Blobs:
         digest = call.digest()
         stored = await self._contents.blob(call.repository, digest)
         headers = _headers(digest)
-        if _is_known(call.request, headers[hdrs.ETAG]):
+        if is_known(call.request, headers[hdrs.ETAG]):
             return web.Response(status=304, headers=headers)
         ranges = _ranges(call.request, stored.size, headers[hdrs.ETAG])
         content = self._store.open(stored.key)
@@ -52,7 +53,7 @@ class Blobs:
         digest = call.digest()
         stored = await self._contents.blob(call.repository, digest)
         headers = _headers(digest)
-        if _is_known(call.request, headers[hdrs.ETAG]):
+        if is_known(call.request, headers[hdrs.ETAG]):
             return web.Response(status=304, headers=headers)
         headers[hdrs.CONTENT_LENGTH] = str(stored.size)
         return web.Response(headers=headers)
@@ -73,14 +74,6 @@ def _headers(digest: Digest) -> _Headers:
             hdrs.CACHE_CONTROL: "max-age=31536000, immutable",
         }
     )
-
-
-def _is_known(request: web.Request, etag: str) -> bool:
-    """[RFC 9110, 13.1.2]."""
-    sent = request.headers.get(hdrs.IF_NONE_MATCH)
-    if sent is None:
-        return False
-    return sent.strip() == "*" or etag in (tag.strip().removeprefix("W/") for tag in sent.split(","))
 
 
 def _ranges(request: web.Request, size: int, etag: str) -> list[tuple[int, int]] | None:

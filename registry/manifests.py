@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Final
 
 from aiohttp import hdrs, web
@@ -19,18 +20,20 @@ from registry.errors import (
     TooManyTags,
 )
 from registry.metadata.content import PushedManifest, StoredManifest
-from registry.responses import BYTES_IN
+from registry.responses import BYTES_IN, is_known
 from registry.transfer import Receiver, read_limited
 from storage.base import Store
 from storage.digest import Digest
-from storage.errors import ContentMissing, InvalidDigest, InvalidName
-from storage.names import RepositoryName, Tag, parse_tag, referrers_tag
+from storage.errors import ContentMissing, InvalidName
+from storage.names import RepositoryName, Tag, parse_tag
 from storage.oci import Manifest, Relation, parse_manifest, read_platform
 
 #: [end-7b] a registry must take at least 10.
 _TAGS_LIMIT: Final = 100
 #: Some clients read at most 100 headers; more tags than this share one. [RFC 9110, 5.3]
 _TAG_HEADERS: Final = 50
+#: [distribution-spec: Referrers Tag Schema] longer digests are cut.
+_REFERRERS_TAG: Final = re.compile(r"sha(?:256|512)-[0-9a-f]{64}")
 #: Configurations are small; one that is larger is not read for its platform.
 _CONFIG_LIMIT: Final = 4 << 20
 
@@ -49,7 +52,7 @@ class Manifests:
         """GET: the exact bytes that were pushed."""
         stored = await self._contents.manifest(call.repository, call.reference())
         headers = _headers(stored)
-        if _is_known(call, headers):
+        if is_known(call.request, headers[hdrs.ETAG]):
             return web.Response(status=304, headers=headers)
         return web.Response(body=stored.content, headers=headers)
 
@@ -57,7 +60,7 @@ class Manifests:
         """HEAD: the headers of a GET."""
         stored = await self._contents.manifest(call.repository, call.reference())
         headers = _headers(stored)
-        if _is_known(call, headers):
+        if is_known(call.request, headers[hdrs.ETAG]):
             return web.Response(status=304, headers=headers)
         headers[hdrs.CONTENT_LENGTH] = str(len(stored.content))
         return web.Response(headers=headers)
@@ -67,7 +70,7 @@ class Manifests:
         reference = call.reference()
         moved = [reference] if isinstance(reference, str) else []
         moved += _more_tags(call)
-        content_type = call.request.headers.get(hdrs.CONTENT_TYPE, "").partition(";")[0].strip().lower()
+        content_type = call.request.headers.get(hdrs.CONTENT_TYPE, "").partition(";")[0].strip()
         async with self._receiver.slot():
             body = await read_limited(call.request, self._receiver, self._settings.manifest_bytes)
         if body is None:
@@ -115,11 +118,6 @@ def _headers(stored: StoredManifest) -> CIMultiDict[str]:
             hdrs.ETAG: f'"{digest}"',
         }
     )
-
-
-def _is_known(call: Call, headers: CIMultiDict[str]) -> bool:
-    sent = call.request.headers.get(hdrs.IF_NONE_MATCH)
-    return sent is not None and headers[hdrs.ETAG] in sent
 
 
 def _more_tags(call: Call) -> list[Tag]:
@@ -170,7 +168,4 @@ def _created(call: Call, pushed: PushedManifest, reference: Tag | Digest, moved:
 def _is_referrers_tag(reference: Tag | Digest) -> bool:
     if isinstance(reference, Digest):
         return False
-    try:
-        return reference == referrers_tag(Digest.parse(reference.replace("-", ":", 1)))
-    except InvalidDigest:
-        return False
+    return _REFERRERS_TAG.fullmatch(reference) is not None

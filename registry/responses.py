@@ -18,6 +18,14 @@ BYTES_IN: Final = web.RequestKey("bytes_in", int)
 INVITED: Final = web.RequestKey("invited", bool)
 
 
+def is_known(request: web.Request, etag: str) -> bool:
+    """Return whether the client has the content with this strong `etag` already. [RFC 9110, 13.1.2]"""
+    sent = request.headers.get("If-None-Match")
+    if sent is None:
+        return False
+    return sent.strip() == "*" or etag in (tag.strip().removeprefix("W/") for tag in sent.split(","))
+
+
 def json_response(
     content: Any,
     *,

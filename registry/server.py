@@ -211,6 +211,8 @@ async def _serve(server: _Server, process: Process, ready: Callable[[], None], i
         handle_signals=False,
         shutdown_timeout=_LAST_SECONDS,
         keepalive_timeout=75,
+        # A push by digest may bring a hundred tags in its query.
+        max_line_size=32768,
         max_field_size=16384,
     )
     await runner.setup()

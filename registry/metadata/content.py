@@ -238,6 +238,8 @@ def put_manifest(
     manifest_id = connection.scalar(select(manifest.c.id).where(manifest.c.digest == str(pushed.digest)))
     if manifest_id is None:
         manifest_id = _insert_manifest(connection, pushed, found)
+    elif pushed.facts.links:
+        _insert_references(connection, manifest_id, pushed.facts.links, found)
     _hold(connection, repository_id, manifest_id, pushed.facts.media_type, by)
     for name_of_tag in moved:
         tags.move(connection, repository_id, name_of_tag, manifest_id, pushed.digest, by)
@@ -298,6 +300,22 @@ def _insert_manifest(connection: Connection, pushed: PushedManifest, found: dict
     )
     assert result.inserted_primary_key is not None
     manifest_id = int(result.inserted_primary_key[0])
+    _insert_references(connection, manifest_id, facts.links, found)
+    waiting = and_(
+        manifest_reference.c.digest == str(pushed.digest),
+        manifest_reference.c.child_id.is_(None),
+        manifest_reference.c.relation == str(Relation.CHILD),
+    )
+    connection.execute(update(manifest_reference).where(waiting).values(child_id=manifest_id))
+    return manifest_id
+
+
+def _insert_references(
+    connection: Connection, manifest_id: int, links: Sequence[Link], found: dict[Digest, _Found]
+) -> None:
+    """Record what a manifest points to, once; the same bytes may have come before under a type we do not know."""
+    if not links or connection.scalar(select(func.count()).where(manifest_reference.c.manifest_id == manifest_id)):
+        return
     rows = [
         {
             "manifest_id": manifest_id,
@@ -308,17 +326,9 @@ def _insert_manifest(connection: Connection, pushed: PushedManifest, found: dict
             "blob_id": found[link.digest].blob_id,
             "child_id": found[link.digest].child_id,
         }
-        for position, link in enumerate(facts.links)
+        for position, link in enumerate(links)
     ]
-    if rows:
-        connection.execute(insert(manifest_reference), rows)
-    waiting = and_(
-        manifest_reference.c.digest == str(pushed.digest),
-        manifest_reference.c.child_id.is_(None),
-        manifest_reference.c.relation == str(Relation.CHILD),
-    )
-    connection.execute(update(manifest_reference).where(waiting).values(child_id=manifest_id))
-    return manifest_id
+    connection.execute(insert(manifest_reference), rows)
 
 
 def _size(link: Link, found: _Found) -> int:

@@ -550,7 +550,7 @@ async def test_a_push_by_digest_may_set_many_tags(client: Client, image: Image, 
     digest = digest_of(image.manifest, algorithm)
     answer = await put(client, image.manifest, digest, query=tag_query(tags))
     assert answer.status == 201
-    assert answer.headers.getall("OCI-Tag") == tags
+    assert ", ".join(answer.headers.getall("OCI-Tag")).split(", ") == tags
     assert answer.headers["Docker-Content-Digest"] == digest
     assert (await ask(client, "GET", "/v2/org/team/app/tags/list")).json["tags"] == tags
     for tag in tags[:: max(1, count // 3)]:
@@ -608,4 +608,4 @@ async def test_a_hundred_tags_may_be_as_long_as_tags_can_be(server: HytheServer)
         session.put(path, data=content, headers={"Content-Type": OCI_INDEX}) as response,
     ):
         assert response.status == 201
-        assert response.headers.getall("OCI-Tag") == tags
+        assert ", ".join(response.headers.getall("OCI-Tag")).split(", ") == tags
