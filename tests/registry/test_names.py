@@ -114,10 +114,17 @@ async def test_a_bad_tag_cannot_be_pushed_and_is_not_there(client: Client, tag: 
         assert (answer.status, answer.codes) == (404, ["MANIFEST_UNKNOWN"])
 
 
-@pytest.mark.parametrize("path", ["/v2/x", "/v2/org/app/nothing", "/v2/manifests/v1", "/v2//tags/list", "/v2/_other"])
-async def test_a_path_without_a_meaning_is_not_found(client: Client, path: str) -> None:
+@pytest.mark.parametrize("name", ["", "/"])
+async def test_a_repository_must_have_a_name(client: Client, name: str) -> None:
     async with wire(client) as connection:
-        await connection.request("GET", path)
-        answer = await connection.answer()
-        assert answer.status in (400, 404)
-        assert answer.codes in (["UNSUPPORTED"], ["NAME_INVALID"])
+        for method, path in paths_of(name):
+            await connection.request(method, path, ["Content-Length: 0"])
+            answer = await connection.answer()
+            assert answer.status in (400, 404), path
+            assert answer.codes in (["UNSUPPORTED"], ["NAME_INVALID"]), path
+
+
+@pytest.mark.parametrize("path", ["/v2/x", "/v2/org/app/nothing", "/v2/manifests/v1", "/v2/tags/list", "/v2/_other"])
+async def test_a_path_without_a_meaning_is_not_found(client: Client, path: str) -> None:
+    answer = await ask(client, "GET", path)
+    assert (answer.status, answer.codes) == (404, ["UNSUPPORTED"])
