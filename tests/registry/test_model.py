@@ -27,6 +27,8 @@ EMPTY: dict[str, Any] = {}
 repositories = st.sampled_from(REPOSITORIES)
 numbers = st.integers(0, 3)
 tags = st.sampled_from(TAGS)
+#: Whether what a manifest points to is there: else most of them would be refused.
+mostly = st.sampled_from([True, True, True, False])
 algorithms = st.sampled_from(["sha256", "sha256", "sha512"])
 
 
@@ -213,10 +215,13 @@ class Registry(RuleBasedStateMachine):
         layers=st.lists(numbers, max_size=2),
         subject=st.none() | numbers,
         moved=st.lists(tags, max_size=2, unique=True),
+        complete=mostly,
     )
     def push_an_image(
-        self, repository: str, config: int, layers: list[int], subject: int | None, moved: list[str]
+        self, repository: str, config: int, layers: list[int], subject: int | None, moved: list[str], complete: bool
     ) -> None:
+        for number in (config, *layers) if complete else ():
+            self.push_a_blob_at_once(repository, number, "sha256")
         content = {
             "schemaVersion": 2,
             "mediaType": OCI_MANIFEST,
@@ -229,10 +234,15 @@ class Registry(RuleBasedStateMachine):
         held = self.model[self.name(repository)].blobs
         self.push_manifest(repository, json.dumps(content).encode(), OCI_MANIFEST, moved, missing=needed - held)
 
-    @rule(repository=repositories, children=st.lists(st.integers(0, 9), max_size=2), moved=st.lists(tags, max_size=1))
-    def push_an_index(self, repository: str, children: list[int], moved: list[str]) -> None:
-        # Of any repository: this one may lack them.
-        known = sorted({item for held in self.model.values() for item in held.manifests.items()})
+    @rule(
+        repository=repositories,
+        children=st.lists(st.integers(0, 9), max_size=2),
+        moved=st.lists(tags, max_size=1),
+        complete=mostly,
+    )
+    def push_an_index(self, repository: str, children: list[int], moved: list[str], complete: bool) -> None:
+        sources = [self.model[self.name(repository)]] if complete else self.model.values()
+        known = sorted({item for held in sources for item in held.manifests.items()})
         chosen = [known[child % len(known)] for child in children] if known else []
         manifests = [descriptor(content, media_type) for _, (media_type, content) in chosen]
         index = {"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": manifests, "annotations": {"of": self.prefix}}
