@@ -266,18 +266,23 @@ class Registry(RuleBasedStateMachine):
         held.manifests[digest] = (media_type, content)
         held.tags.update(dict.fromkeys(moved, digest))
 
-    @rule(repository=repositories, which=st.integers(0, 9), tag=tags)
-    def move_a_tag(self, repository: str, which: int, tag: str) -> None:
-        held = self.model[self.name(repository)]
-        if held.manifests:
-            digest = sorted(held.manifests)[which % len(held.manifests)]
-            media_type, content = held.manifests[digest]
-            path = f"/v2/{self.name(repository)}/manifests/{tag}"
-            answer = self.ask("PUT", path, content, Content_Type=media_type)
-            # What an index or image points to may have been deleted meanwhile.
-            assert answer.status == (404 if self.missing(held, content) else 201)
-            if answer.status == 201:
-                held.tags[tag] = digest
+    @rule(repository=repositories, which=st.integers(0, 9), tag=tags, complete=mostly)
+    def tag_a_manifest_of_here_or_elsewhere(self, repository: str, which: int, tag: str, complete: bool) -> None:
+        known = sorted({item for held in self.model.values() for item in held.manifests.items()})
+        if not known:
+            return
+        digest, (media_type, content) = known[which % len(known)]
+        name, held = self.name(repository), self.model[self.name(repository)]
+        for missing in self.missing(held, content) & self.contents.keys() if complete else ():
+            path = f"/v2/{name}/blobs/uploads/?digest={missing}"
+            assert self.ask("POST", path, self.contents[missing]).status == 201
+            self.hold_blob(name, missing, self.contents[missing])
+        is_whole = not self.missing(held, content)
+        answer = self.ask("PUT", f"/v2/{name}/manifests/{tag}", content, Content_Type=media_type)
+        assert answer.status == (201 if is_whole else 404)
+        if is_whole:
+            held.manifests[digest] = (media_type, content)
+            held.tags[tag] = digest
 
     @rule(repository=repositories, tag=tags, through_api=st.booleans())
     def delete_a_tag(self, repository: str, tag: str, through_api: bool) -> None:
