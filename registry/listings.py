@@ -54,7 +54,7 @@ def page(request: web.Request) -> tuple[int, str]:
     text = request.query.get("n", str(PAGE_LIMIT))
     if not (text.isascii() and text.isdecimal()):
         raise BadRequest(f"n must be a number of entries, got {text[:40]!r}")
-    return min(int(text[:9]), PAGE_LIMIT), request.query.get("last", "")
+    return min(int(text.lstrip("0")[:9] or "0"), PAGE_LIMIT), request.query.get("last", "")
 
 
 def _link(call: Call, names: list[str], limit: int) -> dict[str, str]:

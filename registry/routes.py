@@ -42,6 +42,13 @@ _FAMILIES = {
 
 def match(path: str) -> Route | None:
     """Return what a path below `/v2/` (without it) asks for, or None for nothing we know."""
+    route = _with_name(path)
+    if route is not None:
+        return route if route.name else None
+    return _without_name(path)
+
+
+def _with_name(path: str) -> Route | None:
     head, _, last = path.rpartition("/")
     name, _, family = head.rpartition("/")
     if family in _FAMILIES and name and last and not (family == "blobs" and last == "uploads"):
@@ -52,7 +59,9 @@ def match(path: str) -> Route | None:
         return Route(Endpoint.UPLOAD, head.removesuffix("/blobs/uploads"), last)
     if path.endswith("/tags/list"):
         return Route(Endpoint.TAGS, path.removesuffix("/tags/list"), "")
-    return _without_name(path)
+    if path.endswith("/_oci/ext/discover"):
+        return Route(Endpoint.DISCOVER, path.removesuffix("/_oci/ext/discover"), "")
+    return None
 
 
 def _without_name(path: str) -> Route | None:
@@ -62,6 +71,4 @@ def _without_name(path: str) -> Route | None:
         return Route(Endpoint.CATALOG, "", "")
     if path == "_oci/ext/discover":
         return Route(Endpoint.DISCOVER, "", "")
-    if path.endswith("/_oci/ext/discover"):
-        return Route(Endpoint.DISCOVER, path.removesuffix("/_oci/ext/discover"), "")
     return None

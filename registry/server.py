@@ -30,7 +30,7 @@ from registry.logs import configure
 from registry.metadata import sessions
 from registry.metadata.engine import Database, sqlite_path
 from registry.metadata.schema import upgrade
-from registry.wire import Connection
+from registry.wire import accept
 
 #: What the lock file says while a server runs; it stays there only if the server died.
 _RUNNING: Final = b"running\n"
@@ -220,8 +220,7 @@ async def _serve(server: _Server, process: Process, ready: Callable[[], None], i
     http = runner.server
     assert http is not None
     listeners = [
-        await loop.create_server(lambda: Connection(http()), sock=sock, backlog=_BACKLOG)
-        for sock in server.sockets[index]
+        await loop.create_server(lambda: accept(http), sock=sock, backlog=_BACKLOG) for sock in server.sockets[index]
     ]
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):

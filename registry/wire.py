@@ -23,7 +23,11 @@ from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Executor
 from typing import Final, cast
 
+import structlog
+from aiohttp import web
+
 from registry.errors import BadRequest, RegistryError, RequestTimeout, SizeInvalid
+from registry.responses import json_response
 from storage.threads import run
 
 #: The head of a request that sends a blob, all of it in one piece, in chunked encoding and nothing else.
@@ -37,6 +41,10 @@ _LINE_LIMIT: Final = 1024
 #: How long a thread waits for more, in milliseconds, and how often before it goes back to the pool.
 _PAUSE: Final = 5
 _PATIENCE: Final = 10
+
+_OUR_FAULT: Final = 500
+
+log = structlog.get_logger()
 
 Piece = bytes | memoryview
 
@@ -273,6 +281,35 @@ def _receive(sock: socket.socket, into: memoryview) -> int | None:
     if not received:
         raise SizeInvalid("the body ended early")
     return received
+
+
+class _Handler(web.RequestHandler):
+    """aiohttp's protocol, but for what it answers when a request cannot be read at all."""
+
+    __slots__ = ()
+
+    def handle_error(
+        self,
+        request: web.BaseRequest,  # noqa: ARG002
+        status: int = 500,
+        exc: BaseException | None = None,
+        message: str | None = None,  # noqa: ARG002
+    ) -> web.StreamResponse:
+        """Say so as any other error is said, and log nothing: it is the client's doing."""
+        error = BadRequest("the head of the request cannot be read, or is too long")
+        if status >= _OUR_FAULT:
+            log.error("a request could not be handled", exc_info=exc)
+        response = json_response({"errors": error.entries()}, status=status)
+        response.force_close()
+        return response
+
+
+def accept(http: Callable[[], asyncio.Protocol]) -> Connection:
+    """Return the protocol for a new connection, in front of the one that `http`, aiohttp's server, makes."""
+    inner = http()
+    # aiohttp has no way to be given another class, and this one differs in nothing but a method.
+    inner.__class__ = _Handler
+    return Connection(inner)
 
 
 async def _readable(sock: socket.socket, stall: float) -> None:

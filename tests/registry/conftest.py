@@ -13,7 +13,7 @@ from aiohttp.web_runner import AppRunner, BaseRunner
 from registry.app import build
 from registry.config import Settings
 from registry.metadata.schema import upgrade
-from registry.wire import Connection
+from registry.wire import accept
 from storage.base import Store
 from tests.conftest import Start
 from tests.content import Client
@@ -23,7 +23,7 @@ class _Runner(AppRunner):
     @property
     def server(self) -> Any:
         http = super().server
-        return None if http is None else lambda: Connection(http())
+        return None if http is None else lambda: accept(http)
 
 
 class _Server(TestServer):
