@@ -287,6 +287,9 @@ def test_a_log_on_the_full_disk_breaks_nothing_and_goes_on_when_there_is_room(tm
             return server.output.stat().st_size % 4096 == 0
 
         wait_until(is_stopped, "the log to meet the full disk")
+        # Lines are written in batches: enough that several of them meet it.
+        for _ in range(80):
+            assert is_stopped()
         (disk / "ballast").unlink()
         _, headers, _ = ask(server, "GET", "/v2/")
         wait_until(lambda: headers["X-Request-Id"] in server.output.read_text(errors="replace"), "the log to go on")
