@@ -33,7 +33,7 @@ SEAMS: dict[str, tuple[list[str], str]] = {
             *("registry/app.py", "registry/server.py", "registry/middleware.py", "registry/dispatch.py"),
             *("registry/calls.py", "registry/responses.py", "registry/locations.py", "registry/transfer.py"),
             *("registry/blobs.py", "registry/uploads.py", "registry/manifests.py", "registry/referrers.py"),
-            *("registry/listings.py", "registry/browse.py", "registry/health.py"),
+            *("registry/listings.py", "registry/browse.py", "registry/health.py", "registry/wire.py"),
             # What aiohttp itself reports of broken clients is told from what it reports of us.
             "registry/logs.py",
         ],
