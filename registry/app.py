@@ -42,13 +42,13 @@ class Process:
     Attributes:
         alone: no other process writes to the database.
         is_first: it also does what one process must do for all: sweeping.
-        recover: the last run did not end well; look for what it left.
+        recover: the last run did not end well; what it left is older than this. Seconds since the epoch.
         shared: a directory for what the processes tell each other.
     """
 
     alone: bool = True
     is_first: bool = True
-    recover: bool = False
+    recover: float | None = None
     shared: Path | None = None
 
 

@@ -6,7 +6,9 @@ as much as the request itself; here it is a few microseconds.
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
 import sys
 import time
 from collections.abc import MutableMapping
@@ -69,11 +71,14 @@ class AccessLog:
 
     def _write(self) -> None:
         while (block := self._queue.get()) is not None:
-            try:
-                sys.stderr.buffer.write(block)
-                sys.stderr.buffer.flush()
-            except (OSError, ValueError):
-                return  # nobody listens any more
+            # Full disk or broken pipe: these lines are lost, and the next ones may get through.
+            with contextlib.suppress(OSError, ValueError):
+                _write_all(sys.stderr.fileno(), block)
+
+
+def _write_all(descriptor: int, block: bytes) -> None:
+    while block:
+        block = block[os.write(descriptor, block) :]
 
 
 def _json(entry: Access) -> bytes:

@@ -15,7 +15,7 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, NoReturn
@@ -25,7 +25,7 @@ from aiohttp import web
 
 from registry.app import OBSERVER, Process, build
 from registry.config import Settings, is_loopback, parse_listen
-from registry.errors import ConfigurationError
+from registry.errors import ConfigurationError, MetadataError
 from registry.logs import configure
 from registry.metadata import sessions
 from registry.metadata.engine import Database, sqlite_path
@@ -38,6 +38,7 @@ _BACKLOG: Final = 1024
 #: A worker that dies sooner than this after its start is not started again at once. Seconds.
 _RESTART_PAUSE: Final = 1.0
 
+_STOPPING: Final = (signal.SIGTERM, signal.SIGINT)
 #: For answers on their way out, when the time to drain is over.
 _LAST_SECONDS: Final = 1.0
 
@@ -50,7 +51,7 @@ class _Server:
 
     settings: Settings
     sockets: list[list[socket.socket]]
-    recover: bool
+    recover: float | None
     shared: Path | None = None
 
 
@@ -66,7 +67,9 @@ def serve(settings: Settings, announce: Callable[[str], None]) -> int:
     """
     configure(settings.log)
     _check_directory(Path(settings.storage.filesystem.root))
-    with _exclusive(_lock_files(settings)) as recover:
+    with _exclusive(_lock_files(settings)) as died:
+        # Before any worker publishes a file: what is older belongs to the last run.
+        recover = time.time() if died else None
         copy = upgrade(settings.database.url)
         if copy:
             log.info("database upgraded", copy=copy)
@@ -91,7 +94,7 @@ def _check_directory(root: Path) -> None:
 def _lock_files(settings: Settings) -> list[Path]:
     root = Path(settings.storage.filesystem.root)
     database = sqlite_path(settings.database.url)
-    return list(dict.fromkeys([root.absolute() / "hythe.lock", database.absolute().parent / "hythe.lock"]))
+    return list(dict.fromkeys([root.resolve() / "hythe.lock", database.resolve().parent / "hythe.lock"]))
 
 
 @contextlib.contextmanager
@@ -117,7 +120,9 @@ def _locked(path: Path) -> Iterator[bool]:
                 f"another server uses the data in {path.parent}: stop it, or give this one its own with --data"
             ) from None
         died = os.pread(descriptor, len(_RUNNING), 0) == _RUNNING
-        os.pwrite(descriptor, _RUNNING, 0)
+        # On a full disk this fails, and a crash would go unnoticed; pulls are worth more.
+        with contextlib.suppress(OSError):
+            os.pwrite(descriptor, _RUNNING, 0)
         yield died
         os.ftruncate(descriptor, 0)
     finally:
@@ -128,6 +133,9 @@ async def _release_sessions(settings: Settings) -> None:
     database = Database(settings.database.url, sync=settings.database.sync)
     try:
         await database.note(sessions.release_all)
+    except MetadataError as error:
+        # They end by themselves after a while.
+        log.warning("claims of the last run are not released", error=str(error))
     finally:
         await database.close()
 
@@ -223,7 +231,7 @@ async def _serve(server: _Server, process: Process, ready: Callable[[], None], i
         await loop.create_server(lambda: accept(http), sock=sock, backlog=_BACKLOG) for sock in server.sockets[index]
     ]
     stop = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in _STOPPING:
         loop.add_signal_handler(number, stop.set)
     if parent >= 0:
         loop.add_reader(parent, stop.set)
@@ -238,55 +246,88 @@ async def _serve(server: _Server, process: Process, ready: Callable[[], None], i
 
 def _supervise(server: _Server, ready: Callable[[], None]) -> int:
     """Start the workers, start those again that die, end them all in the end."""
-    alive, held = os.pipe()
-    children: dict[int, int] = {}
-    stopping = False
-
-    def stop(_number: int, _frame: object) -> None:
-        nonlocal stopping
-        stopping = True
-        for pid in children:
-            os.kill(pid, signal.SIGTERM)
-
-    signal.signal(signal.SIGTERM, stop)
-    signal.signal(signal.SIGINT, stop)
-    for index in range(server.settings.server.workers):
-        children[_fork(server, index, alive, held, recover=server.recover)] = index
+    workers = _Workers(server)
+    for number in _STOPPING:
+        signal.signal(number, workers.stop)
+    workers.start_all()
     ready()
-    return _watch(children, lambda: stopping, lambda index: _fork(server, index, alive, held, recover=False))
+    return workers.watch()
 
 
-def _watch(children: dict[int, int], stopping: Callable[[], bool], restart: Callable[[int], int]) -> int:
-    worst = 0
-    while children:
-        try:
+class _Workers:
+    """The processes that serve, seen from the one that watches."""
+
+    def __init__(self, server: _Server) -> None:
+        self._server = server
+        self._children: dict[int, int] = {}
+        self._is_stopping = False
+        self._alive, self._held = os.pipe()
+
+    def start_all(self) -> None:
+        for index in range(self._server.settings.server.workers):
+            self._start(index, self._server.recover)
+
+    def stop(self, _number: int, _frame: object) -> None:
+        """Tell all to drain, and take no more connections."""
+        self._is_stopping = True
+        _close(self._server.sockets)
+        for pid in self._children:
+            # It may have ended just now.
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM)
+
+    def watch(self) -> int:
+        """Wait until all have ended, and return the exit code."""
+        worst = 0
+        while self._children:
             pid, status = os.wait()
-        except InterruptedError:
-            continue
-        index = children.pop(pid)
-        code = os.waitstatus_to_exitcode(status)
-        if stopping():
-            worst = worst or abs(code)
-            continue
-        log.error("a worker died and is started again", worker=index, exit_code=code)
-        time.sleep(_RESTART_PAUSE)
-        if not stopping():
-            children[restart(index)] = index
-    return worst
+            with _signals_held():
+                index = self._children.pop(pid)
+            code = os.waitstatus_to_exitcode(status)
+            if self._is_stopping:
+                # One that was told before it could listen for it has ended as it should.
+                worst = worst or (0 if code == -signal.SIGTERM else abs(code))
+                continue
+            log.error("a worker died and is started again", worker=index, exit_code=code)
+            time.sleep(_RESTART_PAUSE)
+            self._start(index, None)
+        return worst
+
+    def _start(self, index: int, recover: float | None) -> None:
+        """Start a worker, which ends when this process does. No signal may come in between and be lost."""
+        with _signals_held():
+            if self._is_stopping:
+                return
+            pid = os.fork()
+            if not pid:
+                for number in _STOPPING:
+                    signal.signal(number, signal.SIG_DFL)
+                os.close(self._held)
+                _close(sockets for other, sockets in enumerate(self._server.sockets) if other != index)
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPPING)
+                _work(self._server, index, self._alive, recover)
+            self._children[pid] = index
 
 
-def _fork(server: _Server, index: int, alive: int, held: int, *, recover: bool) -> int:
-    """Start a worker and return its process id. It ends when the watching process does."""
-    pid = os.fork()
-    if not pid:
-        _work(server, index, alive, held, recover=recover)
-    return pid
+@contextlib.contextmanager
+def _signals_held() -> Iterator[None]:
+    """Let signals to stop wait for the end of the block."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, _STOPPING)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPPING)
 
 
-def _work(server: _Server, index: int, alive: int, held: int, *, recover: bool) -> NoReturn:
+def _close(sockets: Iterable[list[socket.socket]]) -> None:
+    for group in sockets:
+        for sock in group:
+            sock.close()
+
+
+def _work(server: _Server, index: int, alive: int, recover: float | None) -> NoReturn:
     code = 1
     try:
-        os.close(held)
         process = Process(alone=False, is_first=index == 0, recover=recover, shared=server.shared)
         code = _run(_serve(server, process, lambda: None, index, alive))
     except BaseException as error:

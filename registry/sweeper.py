@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import time
 from typing import Final
 
 import structlog
@@ -37,12 +36,12 @@ class Sweeper:
         self._tasks: list[asyncio.Task[None]] = []
         self._stopping = asyncio.Event()
 
-    async def start(self, *, first: bool, recover: bool) -> None:
-        """Begin, in the process that does it for all."""
+    async def start(self, *, first: bool, recover: float | None) -> None:
+        """Begin, in the process that does it for all; look for leftovers from before `recover`, if a time."""
         if not first:
             return
-        if recover:
-            self._tasks.append(asyncio.create_task(self._recover(time.time())))
+        if recover is not None:
+            self._tasks.append(asyncio.create_task(self._recover(recover)))
         self._tasks.append(asyncio.create_task(self._sweep_always()))
 
     async def stop(self) -> None:
@@ -89,9 +88,9 @@ class Sweeper:
                 log.error("leftover cannot be deleted", key=key, error=str(error))
         return deleted
 
-    async def _recover(self, started: float) -> None:
+    async def _recover(self, before: float) -> None:
         try:
-            cleared = await self.clear(started)
+            cleared = await self.clear(before)
             log.info("recovered after a crash", leftovers_deleted=cleared)
         except (StorageError, MetadataError, OSError) as error:
             log.error("recovery failed, it will be tried at the next start", error=str(error))

@@ -210,7 +210,7 @@ async def test_the_first_process_sweeps_and_recovers_only_after_a_crash(
     # The coarse clock that stamps files must have ticked on.
     stamped = max([found.modified async for found in store.objects()])
     wait_until(lambda: time.clock_gettime(CLOCK_REALTIME_COARSE) > stamped, "a tick")
-    await sweeper.start(first=first, recover=recover)
+    await sweeper.start(first=first, recover=time.time() if recover else None)
     expected = {"uploads/left", "uploads/idle"}
     expected -= {"uploads/idle"} if first else set()
     expected -= {"uploads/left"} if first and recover else set()
@@ -235,7 +235,7 @@ async def odd(store: FilesystemStore, database: Database) -> AsyncIterator[str]:
 
 async def test_a_sweep_that_failed_is_tried_again(store: FilesystemStore, database: Database, odd: str) -> None:
     sweeper = Sweeper(store, database, IDLE, 0)
-    await sweeper.start(first=True, recover=False)
+    await sweeper.start(first=True, recover=None)
 
     async def is_swept() -> bool:
         return await keys(store) == {odd} and not await database.read(ids)
@@ -261,7 +261,7 @@ async def test_a_sweep_that_is_stopped_finishes_what_it_began(
 ) -> None:
     for number in range(40):
         await open_session(store, database, f"idle-{number}", IDLE + 5)
-    await sweeper.start(first=True, recover=False)
+    await sweeper.start(first=True, recover=None)
 
     async def has_begun() -> bool:
         return not await database.read(ids)
