@@ -1,0 +1,68 @@
+"""What the clients need: a server whose data goes right away, one dockerd for all, and who asked for what."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from docker import DockerClient
+
+from tests.clients.traffic import Traffic
+from tests.services.containers import ContainerTools
+from tests.services.docker import DockerDaemon, docker_daemon
+from tests.services.processes import HytheServer, hythe_server
+
+
+@pytest.fixture
+def scratch() -> Iterator[Path]:
+    """A directory that goes with its test: pytest keeps its own ones, and layers are large."""
+    with tempfile.TemporaryDirectory(prefix="hythe-clients-") as directory:
+        yield Path(directory)
+
+
+@pytest.fixture
+def server(scratch: Path) -> Iterator[HytheServer]:
+    """A registry in a process of its own with the default settings; what it logged is shown where a test fails."""
+    with hythe_server(scratch) as running:
+        yield running
+    print(running.output.read_text(errors="replace")[-8000:])  # noqa: T201
+
+
+@pytest.fixture
+def traffic(server: HytheServer) -> Traffic:
+    """Tell what the server was asked for."""
+    return Traffic(server)
+
+
+@pytest.fixture(scope="session")
+def dockerd() -> Iterator[DockerDaemon]:
+    """One dockerd for all tests: starting it takes seconds."""
+    with tempfile.TemporaryDirectory(prefix="hythe-dockerd-") as directory, docker_daemon(Path(directory) / "d") as it:
+        yield it
+
+
+@pytest.fixture
+def docker(dockerd: DockerDaemon) -> Iterator[DockerDaemon]:
+    """The dockerd, which has no images before a test nor after it."""
+    yield dockerd
+    images = set(dockerd("image", "ls", "--all", "--quiet", "--no-trunc").split())
+    if images:
+        dockerd.forget(*images)
+
+
+@pytest.fixture
+def docker_py(docker: DockerDaemon) -> Iterator[DockerClient]:
+    """docker's library for Python, connected to the dockerd."""
+    client = DockerClient(base_url=docker.socket)
+    yield client
+    client.close()
+
+
+@pytest.fixture
+def tools(scratch: Path) -> ContainerTools:
+    """skopeo, buildah and podman, with nothing in their storage."""
+    made = ContainerTools(scratch / "home")
+    made.set_up()
+    return made
