@@ -133,9 +133,12 @@ class Registry(RuleBasedStateMachine):
             assert answer.headers["Docker-Content-Digest"] == digest
             self.hold_blob(name, digest, self.blob(number))
 
-    @rule(repository=repositories, number=numbers, algorithm=algorithms)
-    def delete_a_blob(self, repository: str, number: int, algorithm: str) -> None:
-        name, digest = self.name(repository), digest_of(self.blob(number), algorithm)
+    @rule(repository=repositories, number=numbers, which=st.integers(0, 20), present=mostly)
+    def delete_a_blob(self, repository: str, number: int, which: int, present: bool) -> None:
+        name, digest = self.name(repository), digest_of(self.blob(number))
+        held = [(name, digest) for name, repository in self.model.items() for digest in sorted(repository.blobs)]
+        if present and held:
+            name, digest = held[which % len(held)]
         answer = self.ask("DELETE", f"/v2/{name}/blobs/{digest}")
         assert answer.status == (202 if digest in self.model[name].blobs else 404)
         self.model[name].blobs.discard(digest)
@@ -281,27 +284,33 @@ class Registry(RuleBasedStateMachine):
         answer = self.ask("PUT", f"/v2/{name}/manifests/{tag}", content, Content_Type=media_type)
         assert answer.status == (201 if is_whole else 404)
         if is_whole:
+            held.exists = True
             held.manifests[digest] = (media_type, content)
             held.tags[tag] = digest
 
-    @rule(repository=repositories, tag=tags, through_api=st.booleans())
-    def delete_a_tag(self, repository: str, tag: str, through_api: bool) -> None:
+    @rule(repository=repositories, tag=tags, which=st.integers(0, 20), present=mostly, through_api=st.booleans())
+    def delete_a_tag(self, repository: str, tag: str, which: int, present: bool, through_api: bool) -> None:
         name = self.name(repository)
+        held = [(name, tag) for name, repository in self.model.items() for tag in sorted(repository.tags)]
+        if present and held:
+            name, tag = held[which % len(held)]
         answer = self.delete_reference(name, tag, through_api=through_api)
         assert answer.status == (deleted(through_api) if tag in self.model[name].tags else 404)
         self.model[name].tags.pop(tag, None)
 
-    @rule(repository=repositories, which=st.integers(0, 9), through_api=st.booleans())
-    def delete_a_manifest(self, repository: str, which: int, through_api: bool) -> None:
-        name, held = self.name(repository), self.model[self.name(repository)]
-        known = sorted({digest for other in self.model.values() for digest in other.manifests})
-        if not known:
+    @rule(repository=repositories, which=st.integers(0, 20), present=mostly, through_api=st.booleans())
+    def delete_a_manifest(self, repository: str, which: int, present: bool, through_api: bool) -> None:
+        held = [(name, digest) for name, repository in self.model.items() for digest in sorted(repository.manifests)]
+        if not held:
             return
-        digest = known[which % len(known)]
+        name, digest = held[which % len(held)]
+        # One of another repository may or may not be in this one.
+        name = name if present else self.name(repository)
+        target = self.model[name]
         answer = self.delete_reference(name, digest, through_api=through_api)
-        assert answer.status == (deleted(through_api) if digest in held.manifests else 404)
-        held.manifests.pop(digest, None)
-        held.tags = {tag: target for tag, target in held.tags.items() if target != digest}
+        assert answer.status == (deleted(through_api) if digest in target.manifests else 404)
+        target.manifests.pop(digest, None)
+        target.tags = {tag: pointed for tag, pointed in target.tags.items() if pointed != digest}
 
     def delete_reference(self, name: str, reference: str, *, through_api: bool) -> Answer:
         if through_api:
