@@ -34,10 +34,17 @@ class LargeBlob:
     size: int
     file: Path
     _block: bytes
+    _framed: bytes
+
+    def plain(self) -> Iterator[memoryview]:
+        """Yield the bytes, in pieces of 1 MiB."""
+        view = memoryview(self._block)
+        for _ in range(self.size // _BLOCK):
+            yield from (view[start : start + (1 << 20)] for start in range(0, _BLOCK, 1 << 20))
 
     def framed(self) -> Iterator[bytes]:
         """Yield the body as HTTP chunks."""
-        return (self._block for _ in range(self.size // _BLOCK))
+        return (self._framed for _ in range(self.size // _BLOCK))
 
 
 def large_blob(size: int, file: Path) -> LargeBlob:
@@ -48,7 +55,7 @@ def large_blob(size: int, file: Path) -> LargeBlob:
         for _ in range(size // _BLOCK):
             output.write(block)
             hasher.update(block)
-    return LargeBlob(Digest("sha256", hasher.hexdigest()), size, file, in_http_chunks(block))
+    return LargeBlob(Digest("sha256", hasher.hexdigest()), size, file, block, in_http_chunks(block))
 
 
 def small_contents(number: int) -> list[bytes]:

@@ -108,6 +108,7 @@ class Blob:
                 os.sync()
                 yield _timed("blob push", server, lambda: _push(client, blob))
             else:
+                yield _write_alone(blob, directory / "written")
                 place(directory, path, blob.file)
             os.sync()
             yield _timed("blob pull", server, lambda: sum(client.pull(path) for _ in range(_PULLS)))
@@ -118,6 +119,22 @@ class Blob:
 def _push(client: load.Client, blob: content.LargeBlob) -> float:
     client.push_blob(_REPOSITORY, blob.digest, blob.framed())
     return blob.size
+
+
+def _write_alone(blob: content.LargeBlob, file: Path) -> Sample:
+    """Write the same bytes and sync them, with nothing else: what the machine itself takes of each push.
+
+    In a virtual machine that gives free memory back to its host that may be more than what a server does.
+    """
+    os.sync()
+    cpu, began = time.process_time(), time.perf_counter()
+    with file.open("wb", buffering=0) as output:
+        for block in blob.plain():
+            output.write(block)
+        os.fdatasync(output.fileno())
+    seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
+    file.unlink()
+    return Sample("blob push", "write, sync alone", blob.size, seconds, cpu, 0)
 
 
 class Small:
