@@ -1,8 +1,7 @@
 """docker against a server: dockerd does the work, its command and docker-py tell it what to do."""
 
+import asyncio
 import json
-import signal
-import subprocess
 from urllib.request import Request, urlopen
 
 import pytest
@@ -10,8 +9,9 @@ from docker import DockerClient
 
 from tests.clients.traffic import Traffic, uploads_in
 from tests.conftest import needs, needs_root
-from tests.services.docker import CLIENT, DockerDaemon
-from tests.services.processes import HytheServer, wait_until
+from tests.services.docker import DockerDaemon
+from tests.services.processes import HytheServer
+from tests.services.relay import Relay
 
 pytestmark = [needs("dockerd", "docker"), needs_root, pytest.mark.clients]
 
@@ -127,32 +127,39 @@ def test_a_manifest_list_serves_each_platform_its_image(docker: DockerDaemon, se
         docker.forget(f"{repository}:all")
 
 
-def test_a_push_that_was_cut_off_succeeds_when_repeated(
+async def test_a_push_whose_client_was_killed_succeeds_when_repeated(
+    docker: DockerDaemon, server: HytheServer, traffic: Traffic
+) -> None:
+    async with Relay(server.port, hold_after=3_000_000) as relay:
+        name = f"{relay.address}/org/app:large"
+        image = docker.make_image(name, size=6_000_000)
+        push = docker.begin("push", name)
+        try:
+            await relay.holds(60)
+        finally:
+            push.kill()
+            push.wait()
+        relay.cut()
+        assert traffic.new()["manifest", "PUT", 201] == 0
+        await asyncio.to_thread(docker, "push", name)
+    docker.forget(name)
+    docker("pull", f"{server.address}/org/app:large")
+    assert docker.inspect(f"{server.address}/org/app:large")["Id"] == image
+
+
+async def test_a_pull_that_was_cut_off_goes_on_where_it_stopped(
     docker: DockerDaemon, server: HytheServer, traffic: Traffic
 ) -> None:
     name = f"{server.address}/org/app:large"
-    image = docker.make_image(name, size=60_000_000)
-    push = subprocess.Popen(
-        [CLIENT, "push", name],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        env=docker.environment_of_clients,
-    )
-    try:
-        wait_until(lambda: received_bytes(server) > 1_000_000, "the push to be under way")
-    finally:
-        push.send_signal(signal.SIGKILL)
-        push.wait()
-    assert traffic.new()["manifest", "PUT", 201] == 0
+    image = docker.make_image(name, size=6_000_000)
     docker("push", name)
-    docker.forget(image)
-    docker("pull", name)
+    docker.forget(name)
+    async with Relay(server.port, hold_after=3_000_000) as relay:
+        relay.cut()
+        name = f"{relay.address}/org/app:large"
+        await asyncio.to_thread(docker, "pull", name)
     assert docker.inspect(name)["Id"] == image
-
-
-def received_bytes(server: HytheServer) -> int:
-    return sum(path.stat().st_size for path in (server.data / "uploads").iterdir())
+    assert traffic.new()["blob", "GET", 206] == 1
 
 
 def test_docker_py_pushes_tags_and_pulls(docker: DockerDaemon, docker_py: DockerClient, server: HytheServer) -> None:

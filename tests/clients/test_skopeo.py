@@ -84,21 +84,7 @@ def push_sha512(server: HytheServer, image: Image) -> str:
     return digest
 
 
-# Of sha512, skopeo can read and check a blob; it names by sha256 what it pushes or copies, and manifests always. So
-# sha512 goes in plainly here, and comes out by as much of skopeo as there is.
-
-
-def test_blobs_named_by_sha512_are_read_and_checked(tools: ContainerTools, server: HytheServer) -> None:
-    image = packed_image([random_layer()], algorithm="sha512")
-    push_sha512(server, image)
-    name = f"docker://{server.address}/{REPOSITORY}:1"
-    shown = json.loads(tools.skopeo("inspect", "--tls-verify=false", name))
-    assert shown["Layers"] == [digest_of(image.layers[0], "sha512")]
-    config = tools.skopeo("inspect", "--config", "--raw", "--tls-verify=false", name)
-    assert json.loads(config) == json.loads(image.config)
-
-
-def test_an_image_of_sha512_goes_in_and_out(server: HytheServer) -> None:
+def test_an_image_of_sha512_goes_in_and_out(tools: ContainerTools, server: HytheServer) -> None:
     image = packed_image([random_layer(), random_layer(300_000)], algorithm="sha512")
     digest = push_sha512(server, image)
     with PlainClient(server.url) as client:
@@ -108,3 +94,6 @@ def test_an_image_of_sha512_goes_in_and_out(server: HytheServer) -> None:
         described = json.loads(image.manifest)
         for entry, content in zip([described["config"], *described["layers"]], image.blobs, strict=True):
             assert client.ask("GET", f"{server.url}/v2/{REPOSITORY}/blobs/{entry['digest']}").body == content
+    # skopeo knows digests by sha256 only; of such an image it can read the manifest, and no more. So the rest is plain.
+    raw = tools.skopeo("inspect", "--raw", "--tls-verify=false", f"docker://{server.address}/{REPOSITORY}:1")
+    assert raw.encode() == image.manifest

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import shutil
+import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,6 +54,16 @@ class DockerDaemon(Program):
     def __call__(self, *arguments: str) -> str:
         """Run a docker command; return what it printed, fail with it if it failed."""
         return run(CLIENT, *arguments, timeout=120, **self.environment_of_clients).strip()
+
+    def begin(self, *arguments: str) -> subprocess.Popen[bytes]:
+        """Start a docker command, to end it early; the caller waits for it."""
+        return subprocess.Popen(
+            [CLIENT, *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            env={**os.environ, **self.environment_of_clients},
+        )
 
     def inspect(self, image: str) -> dict[str, Any]:
         """Return what it knows about an image."""
