@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
-from hythe.client import ServerError, ask, pages
+from hythe.client import ServerError, ask, pages, printable
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +47,7 @@ def list_tags(server: str, repository: str) -> Result:
             tag["name"],
             _short(tag["digest"]),
             human_size(tag["image_size"]),
-            _shown(", ".join(tag["platforms"])) or "-",
+            printable(", ".join(tag["platforms"])) or "-",
             tag["updated_at"],
         )
         for tag in found
@@ -62,11 +62,11 @@ def inspect_manifest(server: str, reference: str) -> Result:
     facts = [
         ("Repository", found["repository"]),
         ("Digest", found["digest"]),
-        ("Media type", _shown(found["media_type"])),
+        ("Media type", printable(found["media_type"])),
         ("Tags", ", ".join(found["tags"]) or "-"),
     ]
     facts += [("Subject", found["subject"])] if found["subject"] else []
-    facts += [(_shown(f"Annotation {name}"), _shown(value)) for name, value in found["annotations"].items()]
+    facts += [(printable(f"Annotation {name}"), printable(value)) for name, value in found["annotations"].items()]
     width = max(len(name) for name, _ in facts)
     lines = [f"{name + ':':<{width + 2}}{value}" for name, value in facts]
     rows = [
@@ -74,7 +74,7 @@ def inspect_manifest(server: str, reference: str) -> Result:
             entry["relation"],
             entry["digest"],
             human_size(entry["size"]),
-            _shown(entry["platform"] or entry["media_type"]),
+            printable(entry["platform"] or entry["media_type"]),
         )
         for entry in found["content"]
     ]
@@ -106,11 +106,6 @@ def _local(server: str, reference: str) -> str:
     """Take the registry's own address off a reference, as docker writes it."""
     host = urlsplit(server if "://" in server else f"http://{server}").netloc
     return reference.removeprefix(f"{host}/")
-
-
-def _shown(text: str) -> str:
-    """Return text that came with an image such that it cannot steer a terminal."""
-    return text if text.isprintable() else text.encode("unicode_escape").decode()
 
 
 def _short(digest: str) -> str:

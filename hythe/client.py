@@ -38,7 +38,8 @@ def ask(server: str, method: str, endpoint: str, /, **parameters: str) -> Any:
     except urllib.error.HTTPError as error:
         raise ServerError(_message(error)) from None
     except (OSError, http.client.HTTPException, ValueError) as error:
-        reason = getattr(error, "reason", error)
+        # What answered may be anything, and say anything.
+        reason = printable(str(getattr(error, "reason", error)).strip())
         raise ServerError(
             f"no registry answers at {server}: {reason} (start one with: hythe serve; name another with --server)"
         ) from None
@@ -53,6 +54,11 @@ def pages(server: str, endpoint: str, field: str, /, **parameters: str) -> Itera
         last = page["next"]
         if not last:
             return
+
+
+def printable(text: str) -> str:
+    """Return text that came from elsewhere such that it cannot end a line or steer a terminal."""
+    return text if text.isprintable() else text.encode("unicode_escape").decode()
 
 
 def _base(server: str) -> str:

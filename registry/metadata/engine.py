@@ -64,6 +64,7 @@ class Database:
         self._local = threading.local()
         self._sync = sync
         self._synchronous = "FULL"
+        self._writing: Connection | None = None
         self._queue: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._write_all, name="sql-writer", daemon=True)
         self._thread.start()
@@ -94,6 +95,8 @@ class Database:
         self._queue.put(None)
         await asyncio.to_thread(self._thread.join)
         await asyncio.to_thread(self._threads.shutdown)
+        if self._writing is not None:
+            self._writing.close()
         self._reader.dispose()
         self._writer.dispose()
 
@@ -113,10 +116,9 @@ class Database:
                 return work(connection)
 
     def _write_all(self) -> None:
-        with self._writer.connect() as connection:
-            while (batch := self._next_batch())[-1] is not None:
-                self._write_batch(connection, [job for job in batch if job])
-            self._write_batch(connection, [job for job in batch if job])
+        while (batch := self._next_batch())[-1] is not None:
+            self._write_batch([job for job in batch if job])
+        self._write_batch([job for job in batch if job])
 
     def _next_batch(self) -> list[_Job | None]:
         batch = [self._queue.get()]
@@ -127,10 +129,11 @@ class Database:
                 break
         return batch
 
-    def _write_batch(self, connection: Connection, jobs: list[_Job]) -> None:
+    def _write_batch(self, jobs: list[_Job]) -> None:
         outcomes: list[tuple[_Job, Any, BaseException | None]] = []
         try:
             with _sql_errors():
+                connection = self._writing = self._writing or self._writer.connect()
                 self._set_synchronous(connection, "FULL" if any(job.durable for job in jobs) else "NORMAL")
                 with connection.begin():
                     outcomes = [_outcome(connection, job, alone=len(jobs) == 1) for job in jobs]
