@@ -22,6 +22,7 @@ class Relay:
         self._holds = asyncio.Event()
         self._cut = asyncio.Event()
         self._connections: set[asyncio.Task[None]] = set()
+        self._transports: set[asyncio.WriteTransport] = set()
 
     async def __aenter__(self) -> Self:
         self._server = await asyncio.start_server(self._relay, "127.0.0.1", 0)
@@ -29,9 +30,10 @@ class Relay:
 
     async def __aexit__(self, *error: object) -> None:
         self._server.close()
-        for connection in self._connections:
-            connection.cancel()
-        await asyncio.gather(*self._connections, return_exceptions=True)
+        self.cut()
+        for transport in self._transports:
+            transport.abort()
+        await asyncio.gather(*self._connections)
         await self._server.wait_closed()
 
     @property
@@ -53,16 +55,19 @@ class Relay:
         assert task is not None
         self._connections.add(task)
         there_reader, there_writer = await asyncio.open_connection("127.0.0.1", self._port)
+        both = {writer.transport, there_writer.transport}
+        self._transports |= both
         try:
-            async with asyncio.TaskGroup() as both:
-                both.create_task(self._pass(reader, there_writer))
-                both.create_task(self._pass(there_reader, writer))
+            async with asyncio.TaskGroup() as directions:
+                directions.create_task(self._pass(reader, there_writer))
+                directions.create_task(self._pass(there_reader, writer))
         except* OSError:
             pass
         finally:
+            for transport in both:
+                transport.abort()
+            self._transports -= both
             self._connections.discard(task)
-            writer.transport.abort()
-            there_writer.transport.abort()
 
     async def _pass(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         passed = 0
