@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final
 
-from sqlalchemy import Connection, and_, func, insert, select, update
+from sqlalchemy import Connection, and_, bindparam, func, insert, select, update
 from sqlalchemy.sql.elements import ColumnElement
 
 from registry.metadata.tables import now, repository, repository_manifest, tag
 from storage.names import RepositoryName
+
+_find: Final = select(repository.c.id).where(repository.c.name == bindparam("name"), repository.c.has_content)
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,8 +28,7 @@ class Node:
 
 def find(connection: Connection, name: RepositoryName) -> int | None:
     """Return the id of a repository that has, or had, content."""
-    query = select(repository.c.id).where(repository.c.name == name, repository.c.has_content)
-    return connection.scalar(query)
+    return connection.scalar(_find, {"name": name})
 
 
 def ensure(connection: Connection, name: RepositoryName) -> int:

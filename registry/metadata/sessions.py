@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
-from sqlalchemy import Connection, delete, func, insert, or_, select, update
+from sqlalchemy import Connection, bindparam, delete, func, insert, or_, select, update
 
 from registry.errors import BlobUploadUnknown, UploadConflict
 from registry.metadata.tables import now, upload_session
@@ -18,6 +18,29 @@ from storage.names import RepositoryName
 
 #: Microseconds. Renewed at every checkpoint; longer than a client may keep silent.
 LEASE: Final = 150_000_000
+
+
+# Statements of the hot path are built once: building one costs four times as much as running it.
+_find: Final = select(upload_session).where(
+    upload_session.c.id == bindparam("session_id"), upload_session.c.repository == bindparam("repository")
+)
+_claim: Final = (
+    update(upload_session)
+    .where(upload_session.c.id == bindparam("session_id"))
+    .where(or_(upload_session.c.writer.is_(None), upload_session.c.claimed_at < bindparam("expired")))
+    .values(writer=bindparam("by"), claimed_at=bindparam("at"))
+)
+_advance: Final = (
+    update(upload_session)
+    .where(upload_session.c.id == bindparam("session_id"), upload_session.c.writer == bindparam("by"))
+    .values(
+        offset=bindparam("to"),
+        state=bindparam("new_state"),
+        writer=bindparam("next_writer"),
+        claimed_at=bindparam("at"),
+        updated_at=bindparam("at"),
+    )
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,9 +72,7 @@ def create(connection: Connection, session_id: str, repository: RepositoryName, 
 
 def find(connection: Connection, session_id: str, repository: RepositoryName) -> Session:
     """Return an open session, or raise `BlobUploadUnknown`."""
-    row = connection.execute(
-        select(upload_session).where(upload_session.c.id == session_id, upload_session.c.repository == repository)
-    ).first()
+    row = connection.execute(_find, {"session_id": session_id, "repository": repository}).first()
     if row is None:
         raise BlobUploadUnknown
     return Session(row.id, row.repository, Checkpoint(row.key, row.algorithm, row.offset, row.state))
@@ -65,10 +86,8 @@ def claim(connection: Connection, session_id: str, repository: RepositoryName, w
         UploadConflict: another writer holds it.
     """
     session = find(connection, session_id, repository)
-    free = or_(upload_session.c.writer.is_(None), upload_session.c.claimed_at < now() - LEASE)
-    claimed = connection.execute(
-        update(upload_session).where(upload_session.c.id == session_id, free).values(writer=writer, claimed_at=now())
-    )
+    at = now()
+    claimed = connection.execute(_claim, {"session_id": session_id, "by": writer, "at": at, "expired": at - LEASE})
     if not claimed.rowcount:
         raise UploadConflict
     return session
@@ -80,17 +99,16 @@ def advance(connection: Connection, session_id: str, writer: str, checkpoint: Ch
     Raises:
         BlobUploadUnknown: it was cancelled meanwhile, or the claim went to somebody else.
     """
-    at = now()
     advanced = connection.execute(
-        update(upload_session)
-        .where(upload_session.c.id == session_id, upload_session.c.writer == writer)
-        .values(
-            offset=checkpoint.offset,
-            state=checkpoint.state,
-            writer=None if release else writer,
-            claimed_at=at,
-            updated_at=at,
-        )
+        _advance,
+        {
+            "session_id": session_id,
+            "by": writer,
+            "to": checkpoint.offset,
+            "new_state": checkpoint.state,
+            "next_writer": None if release else writer,
+            "at": now(),
+        },
     )
     if not advanced.rowcount:
         raise BlobUploadUnknown
