@@ -6,15 +6,19 @@ import os
 import shutil
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import psutil
 import pytest
 from aiohttp.test_utils import TestClient, TestServer
+from aiohttp.web_runner import AppRunner, BaseRunner
 
 from registry.app import build
 from registry.config import Settings, load
 from registry.metadata.schema import upgrade
+from registry.wire import accept
+from storage.base import Store
 from tests.content import Client
 from tests.services.processes import HytheServer, hythe_server
 
@@ -57,18 +61,32 @@ def settings(tmp_path: Path) -> Settings:
 Start = Callable[..., Awaitable[Client]]
 
 
+class _Runner(AppRunner):
+    @property
+    def server(self) -> Any:
+        http = super().server
+        return None if http is None else lambda: accept(http)
+
+
+class _Server(TestServer):
+    async def _make_runner(self, **kwargs: Any) -> BaseRunner:
+        # aiohttp's test server cancels the handlers of cut connections; ours lets them keep what arrived.
+        kwargs["handler_cancellation"] = False
+        return _Runner(self.app, access_log=None, shutdown_timeout=5, max_field_size=16384, **kwargs)
+
+
 @pytest.fixture
 async def start(settings: Settings) -> AsyncIterator[Start]:
-    """Start registries in this process: `client = await start(registry={"delete": False})`."""
+    """Start registries: `client = await start(registry={"delete": False})`, perhaps with `store=`."""
     clients: list[Client] = []
 
-    async def start_one(**tables: dict[str, object]) -> Client:
+    async def start_one(store: Store | None = None, **tables: dict[str, object]) -> Client:
         tree = msgspec.to_builtins(settings)
         for name, values in tables.items():
             tree[name] |= values
         changed = msgspec.convert(tree, Settings)
         upgrade(changed.database.url)
-        client = TestClient(TestServer(build(changed)))
+        client = TestClient(_Server(build(changed, store=store)))
         await client.start_server()
         clients.append(client)
         return client
