@@ -165,17 +165,16 @@ class Uploads:
         """Append the body; what came of it is kept even if it ends early."""
         expected = _check_chunk(call, claim)
         appender = Appender(claim.upload)
-        noted_offset, noted_at = claim.upload.offset, time.monotonic()
-        received = 0
+        received, noted, noted_at = 0, 0, time.monotonic()
         try:
             async for pieces in self._receiver.pieces(call.request):
                 received += sum(map(len, pieces))
                 await appender.write(pieces)
-                due = received - noted_offset >= _CHECKPOINT_SIZE
+                due = received - noted >= _CHECKPOINT_SIZE
                 if due or time.monotonic() - noted_at >= _CHECKPOINT_SECONDS:
                     await appender.flush()
                     await self._note(claim)
-                    noted_offset, noted_at = received, time.monotonic()
+                    noted, noted_at = received, time.monotonic()
         finally:
             call.request[BYTES_IN] = received
             await appender.flush()

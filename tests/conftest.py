@@ -16,6 +16,7 @@ from aiohttp.web_runner import AppRunner, BaseRunner
 
 from registry.app import build
 from registry.config import Settings, load
+from registry.metadata.engine import Database
 from registry.metadata.schema import upgrade
 from registry.wire import accept
 from storage.base import Store
@@ -100,6 +101,16 @@ async def start(settings: Settings) -> AsyncIterator[Start]:
 async def client(start: Start) -> Client:
     """A registry in this process with the default settings."""
     return await start()
+
+
+@pytest.fixture
+async def database(tmp_path: Path) -> AsyncIterator[Database]:
+    """An empty database, without a registry around it."""
+    url = f"sqlite:///{tmp_path / 'hythe.db'}"
+    upgrade(url)
+    made = Database(url)
+    yield made
+    await made.close()
 
 
 @pytest.fixture

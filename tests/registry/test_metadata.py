@@ -7,7 +7,7 @@ import json
 import secrets
 import sqlite3
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -37,15 +37,6 @@ from tests.content import Image, make_image, make_index
 
 NAME = RepositoryName("org/team/app")
 OTHER = RepositoryName("other")
-
-
-@pytest.fixture
-async def database(tmp_path: Path) -> AsyncIterator[Database]:
-    url = f"sqlite:///{tmp_path / 'hythe.db'}"
-    upgrade(url)
-    made = Database(url)
-    yield made
-    await made.close()
 
 
 def add(connection: Connection, session_id: str) -> None:

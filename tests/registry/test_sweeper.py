@@ -16,7 +16,6 @@ from sqlalchemy import Connection, select, update
 from registry.metadata import content, sessions
 from registry.metadata.content import StoredBlob
 from registry.metadata.engine import Database
-from registry.metadata.schema import upgrade
 from registry.metadata.tables import now, upload_session
 from registry.sweeper import Sweeper
 from storage.base import Checkpoint
@@ -30,15 +29,6 @@ NAME = RepositoryName("org/team/app")
 IDLE = 60
 #: The clock that stamps files; `time` has no name for it. [clock_gettime(2)]
 CLOCK_REALTIME_COARSE = 5
-
-
-@pytest.fixture
-async def database(tmp_path: Path) -> AsyncIterator[Database]:
-    url = f"sqlite:///{tmp_path / 'hythe.db'}"
-    upgrade(url)
-    made = Database(url)
-    yield made
-    await made.close()
 
 
 @pytest.fixture
