@@ -12,9 +12,10 @@ from typing import Final
 
 from registry.cache import Cache, DataVersion, WriteCounter
 from registry.errors import BlobUnknown, ManifestUnknown
-from registry.metadata import content, tags
-from registry.metadata.content import PushedManifest, StoredBlob, StoredManifest
+from registry.metadata import blobs, manifests, tags
+from registry.metadata.blobs import StoredBlob
 from registry.metadata.engine import Database
+from registry.metadata.manifests import PushedManifest, StoredManifest
 from storage.digest import Digest
 from storage.names import Reference, RepositoryName, Tag
 
@@ -44,7 +45,7 @@ class Contents:
         if isinstance(known := self._cache.get(key), StoredBlob):
             return known
         epoch = self._cache.epoch()
-        found = await self._database.read(content.find_blob, name, digest)
+        found = await self._database.read(blobs.find, name, digest)
         if found is None:
             raise BlobUnknown(f"{name} does not hold the blob {digest}")
         self._cache.put(key, found, epoch)
@@ -56,7 +57,7 @@ class Contents:
         if isinstance(known := self._cache.get(key), StoredManifest):
             return known
         epoch = self._cache.epoch()
-        found = await self._database.read(content.find_manifest, name, reference)
+        found = await self._database.read(manifests.find, name, reference)
         if found is None:
             raise ManifestUnknown(f"{name} has no manifest {reference}")
         self._cache.put(key, found, epoch)
@@ -67,12 +68,12 @@ class Contents:
     ) -> None:
         """Keep a manifest and move tags to it; raises `ManifestBlobUnknown`."""
         async with self._change():
-            await self._database.write(content.put_manifest, name, pushed, moved, by, sparse=sparse)
+            await self._database.write(manifests.put, name, pushed, moved, by, sparse=sparse)
 
     async def delete_manifest(self, name: RepositoryName, digest: Digest, by: str) -> None:
         """Delete a manifest and the tags that point to it; raises `ManifestUnknown`."""
         async with self._change():
-            await self._database.write(content.delete_manifest, name, digest, by)
+            await self._database.write(manifests.remove, name, digest, by)
 
     async def delete_tag(self, name: RepositoryName, tag: Tag, by: str) -> None:
         """Delete a tag; raises `ManifestUnknown`."""
@@ -82,7 +83,7 @@ class Contents:
     async def delete_blob(self, name: RepositoryName, digest: Digest) -> None:
         """Delete a blob from a repository; raises `BlobUnknown`."""
         async with self._change():
-            await self._database.write(content.delete_blob, name, digest)
+            await self._database.write(blobs.remove, name, digest)
 
     def close(self) -> None:
         """Let go of the watch on the database."""

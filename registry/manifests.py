@@ -19,7 +19,7 @@ from registry.errors import (
     ManifestTooLarge,
     TooManyTags,
 )
-from registry.metadata.content import PushedManifest, StoredManifest
+from registry.metadata.manifests import PushedManifest, StoredManifest
 from registry.responses import BYTES_IN, is_known
 from registry.transfer import Receiver, read_limited
 from storage.base import Store

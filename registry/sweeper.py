@@ -14,7 +14,7 @@ from typing import Final
 import structlog
 
 from registry.errors import MetadataError
-from registry.metadata import content, sessions
+from registry.metadata import blobs, sessions
 from registry.metadata.engine import Database
 from storage.base import Store, StoredObject
 from storage.errors import StorageError
@@ -74,7 +74,7 @@ class Sweeper:
 
     async def _clear(self, chunk: list[StoredObject]) -> int:
         keys = [found.key for found in chunk]
-        known = await self._database.read(content.known_keys, keys)
+        known = await self._database.read(blobs.known_keys, keys)
         known |= await self._database.read(sessions.known_keys, keys)
         return await self._delete([key for key in keys if key not in known])
 

@@ -6,7 +6,6 @@ import asyncio
 import os
 import select
 from collections.abc import AsyncIterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Final
@@ -19,7 +18,7 @@ from registry.responses import INVITED
 from registry.wire import Connection, Piece, wake
 from storage.base import Content, Upload
 from storage.errors import ContentMissing
-from storage.threads import run
+from storage.threads import Threads
 
 #: Bytes handed to the store in one job, as long as the buffers allow it.
 _PIECE_SIZE: Final = 1 << 20
@@ -42,7 +41,7 @@ class Receiver:
         self._budget = buffer_bytes
         self._stall = stall_seconds
         self._active = 0
-        self._threads = ThreadPoolExecutor(_READERS, "receive")
+        self._threads = Threads(_READERS, "receive")
 
     @asynccontextmanager
     async def slot(self) -> AsyncIterator[None]:
@@ -57,7 +56,7 @@ class Receiver:
 
     async def close(self) -> None:
         """End the threads."""
-        await asyncio.to_thread(self._threads.shutdown)
+        await self._threads.close()
 
     def pieces(self, request: web.Request) -> AsyncIterator[list[Piece]]:
         """Yield the body in lists of pieces, each list as large as the budget allows now.
@@ -180,7 +179,7 @@ class Sender:
 
     def __init__(self, threads: int, stall_seconds: float) -> None:
         """Send with up to `threads` threads; drop clients that take nothing for `stall_seconds`."""
-        self._threads = ThreadPoolExecutor(threads, "send")
+        self._threads = Threads(threads, "send")
         self._stall = stall_seconds
 
     async def send(
@@ -197,7 +196,7 @@ class Sender:
         response = web.StreamResponse(status=status, headers=headers)
         if content.path is None:
             return await self._stream(request, content, start, stop, response)
-        opened = await run(self._threads, _open, content.path, start, size)
+        opened = await self._threads.run(_open, content.path, start, size)
         if isinstance(opened, bytes):
             return web.Response(body=opened, status=status, headers=headers)
         try:
@@ -213,7 +212,7 @@ class Sender:
 
     async def close(self) -> None:
         """End the threads."""
-        await asyncio.to_thread(self._threads.shutdown)
+        await self._threads.close()
 
     async def _stream(
         self, request: web.Request, content: Content, start: int, stop: int, response: web.StreamResponse
@@ -233,7 +232,7 @@ class Sender:
             while transport.get_write_buffer_size():
                 await self._writable(target)
             while start < stop:
-                sent = await run(self._threads, _send_some, target, file, start, stop)
+                sent = await self._threads.run(_send_some, target, file, start, stop)
                 start += sent
                 if start < stop:
                     await self._writable(target)

@@ -24,8 +24,8 @@ from registry import locations
 from registry.access import Access, Right
 from registry.calls import Call
 from registry.errors import BlobUploadUnknown, ChunkOutOfOrder, DigestInvalid, SizeInvalid
-from registry.metadata import content, sessions
-from registry.metadata.content import StoredBlob
+from registry.metadata import blobs, sessions
+from registry.metadata.blobs import StoredBlob
 from registry.metadata.engine import Database
 from registry.metadata.sessions import Session
 from registry.ranges import parse_chunk
@@ -110,12 +110,12 @@ class Uploads:
         """Take the blob over from `from`, or from any repository that the client may pull from."""
         for source in await self._sources(call.parameter("from"), digest):
             if self._access.may(call.identity, source, Right.PULL):
-                return await self._database.write(content.mount_blob, source, call.repository, digest)
+                return await self._database.write(blobs.mount, source, call.repository, digest)
         return False
 
     async def _sources(self, named: str | None, digest: Digest) -> list[RepositoryName]:
         if named is None:
-            return [RepositoryName(name) for name in await self._database.read(content.holders, digest)]
+            return [RepositoryName(name) for name in await self._database.read(blobs.holders, digest)]
         try:
             return [parse_repository(named)]
         except InvalidName:
@@ -189,8 +189,8 @@ class Uploads:
     async def _publish(self, name: RepositoryName, claim: _Claim, digest: Digest) -> None:
         await claim.upload.verify(digest)
         session_id, writer = claim.session.id, claim.writer
-        if await self._database.read(content.exists_anywhere, digest) and await self._database.write(
-            content.finish_with_existing, session_id, writer, name, digest
+        if await self._database.read(blobs.exists_anywhere, digest) and await self._database.write(
+            blobs.finish_with_existing, session_id, writer, name, digest
         ):
             await claim.upload.abort()
             return
@@ -199,7 +199,7 @@ class Uploads:
         is_ours = False
         try:
             is_ours = await self._database.write(
-                content.finish_upload, session_id, writer, name, digest, StoredBlob(key, size)
+                blobs.finish_upload, session_id, writer, name, digest, StoredBlob(key, size)
             )
         finally:
             if not is_ours:
@@ -207,7 +207,7 @@ class Uploads:
 
     async def _drop(self, key: str) -> None:
         """Delete bytes that nobody needs, unless a row came to name them all the same."""
-        known = await self._database.read(content.known_keys, [key])
+        known = await self._database.read(blobs.known_keys, [key])
         if key not in known | await self._database.read(sessions.known_keys, [key]):
             await self._store.delete(key)
 

@@ -20,7 +20,6 @@ import re
 import select
 import socket
 from collections.abc import AsyncIterator, Callable
-from concurrent.futures import Executor
 from typing import Final, cast
 
 import structlog
@@ -28,7 +27,7 @@ from aiohttp import web
 
 from registry.errors import BadRequest, RegistryError, RequestTimeout, SizeInvalid
 from registry.responses import json_response
-from storage.threads import run
+from storage.threads import Threads
 
 #: The head of a request that sends a blob, all of it in one piece, in chunked encoding and nothing else.
 _UPLOAD: Final = re.compile(rb"(?:PATCH|PUT|POST) [^ \r\n]*/blobs/uploads/[^ \r\n]* HTTP/1\.1\r\n")
@@ -102,7 +101,7 @@ class Connection(asyncio.Protocol):
         if self._held is not None:
             self._give_back(b"", self._held)
 
-    async def pieces(self, threads: Executor, size: Callable[[], int], stall: float) -> AsyncIterator[list[Piece]]:
+    async def pieces(self, threads: Threads, size: Callable[[], int], stall: float) -> AsyncIterator[list[Piece]]:
         """Take the body, and yield it in lists of pieces.
 
         A list is good until the next but one is asked for: there are two buffers.
@@ -122,7 +121,7 @@ class Connection(asyncio.Protocol):
         with self._duplicate() as sock:
             try:
                 while not body.is_finished:
-                    piece = await run(threads, body.read, sock, size())
+                    piece = await threads.run(body.read, sock, size())
                     if piece:
                         yield [piece]
                     elif body.is_waiting:

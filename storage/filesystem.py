@@ -10,7 +10,6 @@ thread; there is nothing to gain from a hop for each.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import ctypes
 import errno
@@ -18,7 +17,6 @@ import fcntl
 import os
 import re
 from collections.abc import AsyncIterator, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final
 
@@ -28,7 +26,7 @@ import aiofiles.os
 from storage.base import Checkpoint, StoredObject
 from storage.digest import Digest, Hasher, hasher, restore
 from storage.errors import ContentMissing, DigestMismatch, OutOfSpace, StorageError, UploadBusy, UploadLost
-from storage.threads import run
+from storage.threads import Threads
 
 _READ_SIZE: Final = 1 << 20
 #: writev takes at most this many pieces. [POSIX: IOV_MAX]
@@ -54,7 +52,7 @@ class FilesystemStore:
         """
         self.root = root.absolute()
         self._sync = sync
-        self._threads = ThreadPoolExecutor(threads, "disk")
+        self._threads = Threads(threads, "disk")
         self._directories: set[Path] = set()
         (self.root / "uploads").mkdir(mode=0o750, parents=True, exist_ok=True)
         (self.root / "blobs").mkdir(mode=0o750, exist_ok=True)
@@ -64,7 +62,7 @@ class FilesystemStore:
 
     async def resume(self, checkpoint: Checkpoint) -> _FileUpload:
         with _disk_errors():
-            return await run(self._threads, _FileUpload, self, checkpoint)
+            return await self._threads.run(_FileUpload, self, checkpoint)
 
     def open(self, key: str) -> _FileContent:
         return _FileContent(self._path(key))
@@ -74,16 +72,16 @@ class FilesystemStore:
             await aiofiles.os.unlink(self._path(key))
 
     async def objects(self) -> AsyncIterator[StoredObject]:
-        for directory in await run(self._threads, self._list_directories):
-            for found in await run(self._threads, self._list_files, directory):
+        for directory in await self._threads.run(self._list_directories):
+            for found in await self._threads.run(self._list_files, directory):
                 yield found
 
     async def probe(self) -> None:
         with _disk_errors():
-            await run(self._threads, self._write_probe)
+            await self._threads.run(self._write_probe)
 
     async def close(self) -> None:
-        await asyncio.to_thread(self._threads.shutdown)
+        await self._threads.close()
 
     def _path(self, key: str) -> Path:
         if not _KEY.fullmatch(key):
@@ -166,7 +164,7 @@ class _FileUpload:
 
     async def write(self, pieces: Sequence[bytes | memoryview]) -> None:
         with _disk_errors():
-            await run(self._store._threads, self._append, pieces)
+            await self._store._threads.run(self._append, pieces)
 
     def checkpoint(self) -> Checkpoint:
         state = self._hasher.save()
@@ -177,17 +175,17 @@ class _FileUpload:
             self._verify(digest)
         elif self._verified != digest:
             with _disk_errors():
-                await run(self._store._threads, self._verify, digest)
+                await self._store._threads.run(self._verify, digest)
 
     async def commit(self, digest: Digest) -> str:
         with _disk_errors():
-            return await run(self._store._threads, self._commit, digest)
+            return await self._store._threads.run(self._commit, digest)
 
     async def suspend(self) -> None:
-        await run(self._store._threads, self._close)
+        await self._store._threads.run(self._close)
 
     async def abort(self) -> None:
-        await run(self._store._threads, self._drop)
+        await self._store._threads.run(self._drop)
 
     def _lock(self) -> None:
         try:

@@ -1,32 +1,121 @@
-"""Work that must not run on the event loop: hashing, disks, databases."""
+"""Work that must not run on the event loop: hashing, disks, databases.
+
+Half of what a small request costs is going to a thread and coming back. So this is less than an executor of the
+standard library: no locks of its own, one future instead of three, one way to wait.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable
-from concurrent.futures import Executor, Future
-from typing import ParamSpec, TypeVar
+from functools import partial
+from queue import SimpleQueue
+from threading import Thread
+from typing import Any, Generic, ParamSpec, TypeVar
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 
-async def run(threads: Executor, job: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """Run `job` in one of `threads` and wait until it ended.
+class Job(Generic[T]):
+    """Work for another thread, and what comes of it. Made and waited for on the event loop."""
 
-    A thread cannot be stopped. So if the waiting task is cancelled, this waits for the job first and raises
-    afterwards: who holds a descriptor may then close it, knowing that no thread is writing to it any more.
-    """
-    return await settle(threads.submit(job, *args, **kwargs))
+    __slots__ = ("_ended", "_loop", "_work")
+
+    def __init__(self, work: Callable[..., T]) -> None:
+        """Prepare `work`; it is called with what `run` is given."""
+        self._work = work
+        self._loop = asyncio.get_running_loop()
+        self._ended: _Ended[T] = _Ended(loop=self._loop)
+
+    def run(self, *args: Any) -> None:
+        """Do the work here, and tell whoever waits."""
+        try:
+            result = self._work(*args)
+        except BaseException as error:
+            self.fail(error)
+        else:
+            self.succeed(result)
+
+    def work(self, *args: Any) -> T:
+        """Do the work here; the outcome is told later, by `succeed` or `fail`."""
+        return self._work(*args)
+
+    def succeed(self, result: T) -> None:
+        """Let `wait` return."""
+        self._tell(self._ended.set_result, result)
+
+    def fail(self, error: BaseException) -> None:
+        """Let `wait` raise."""
+        self._tell(self._ended.set_exception, error)
+
+    async def wait(self) -> T:
+        """Return what the work returned, or raise what it raised.
+
+        A thread cannot be stopped. So if the waiting task is cancelled, this waits for the end of the job first and
+        raises afterwards: who holds a descriptor may then close it, knowing that no thread uses it any more.
+        """
+        return await self._ended
+
+    def _tell(self, how: Callable[[Any], None], what: Any) -> None:
+        # The loop may be gone, with everybody who waited.
+        with contextlib.suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(how, what)
 
 
-async def settle(job: Future[T]) -> T:
-    """Wait for `job` to end, whatever happens meanwhile, then return its result or raise."""
-    future = asyncio.wrap_future(job)
-    try:
-        return await asyncio.shield(future)
-    except asyncio.CancelledError:
-        await asyncio.wait({future})
-        if not future.cancelled():
-            future.exception()  # retrieved, or asyncio would log it as forgotten
-        raise
+class _Ended(asyncio.Future[T]):
+    """The end of a job, which no cancellation brings nearer."""
+
+    def cancel(self, msg: Any | None = None) -> bool:  # noqa: ARG002
+        """Refuse: the task that waits is then cancelled when the job has ended. [asyncio.Task.cancel]"""
+        return False
+
+
+class Threads:
+    """Up to `limit` threads, started when they are needed, which take jobs in turn."""
+
+    def __init__(self, limit: int, name: str) -> None:
+        """Allow so many; `name` is what a debugger shows."""
+        self._limit = limit
+        self._name = name
+        self._jobs: SimpleQueue[Job[Any] | None] = SimpleQueue()
+        self._threads: list[Thread] = []
+        #: An entry for each thread that waits for a job; appending and popping are atomic.
+        self._idle: list[None] = []
+        self._is_closed = False
+
+    async def run(self, job: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Run `job` in a thread and wait until it ended, whatever happens meanwhile."""
+        if self._is_closed:
+            raise RuntimeError(f"the {self._name} threads have ended")
+        queued = Job(partial(job, *args, **kwargs))
+        self._jobs.put(queued)
+        try:
+            self._idle.pop()
+        except IndexError:
+            self._start()
+        return await queued.wait()
+
+    async def close(self) -> None:
+        """Do what is queued, and end."""
+        self._is_closed = True
+        await asyncio.to_thread(self._end)
+
+    def _start(self) -> None:
+        if len(self._threads) < self._limit:
+            thread = Thread(target=self._work, name=f"{self._name}-{len(self._threads)}", daemon=True)
+            self._threads.append(thread)
+            thread.start()
+
+    def _work(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            job.run()
+            del job
+            self._idle.append(None)
+
+    def _end(self) -> None:
+        for _ in self._threads:
+            self._jobs.put(None)
+        for thread in self._threads:
+            thread.join()

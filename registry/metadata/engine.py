@@ -16,7 +16,6 @@ import queue
 import sqlite3
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Concatenate, Final, ParamSpec, TypeVar
@@ -25,7 +24,8 @@ from sqlalchemy import Connection, Engine, create_engine, event, make_url
 from sqlalchemy.exc import ArgumentError, DatabaseError, DBAPIError, OperationalError
 
 from registry.errors import ConfigurationError, MetadataFull, MetadataUnavailable
-from storage.threads import run, settle
+from registry.metadata.prepared import driver
+from storage.threads import Job, Threads
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -41,10 +41,9 @@ _DAMAGED: Final = (DatabaseError, sqlite3.DatabaseError)
 
 
 @dataclass(slots=True)
-class _Job:
-    work: Callable[[Connection], Any]
+class _Write:
+    job: Job[Any]
     durable: bool
-    future: Future[Any]
 
 
 class Database:
@@ -60,12 +59,12 @@ class Database:
         self.path = sqlite_path(url)
         self._writer = _engine(self.path, "IMMEDIATE")
         self._reader = _engine(self.path, "DEFERRED")
-        self._threads = ThreadPoolExecutor(_READERS, "sql-reader")
+        self._threads = Threads(_READERS, "sql-reader")
         self._local = threading.local()
         self._sync = sync
         self._synchronous = "FULL"
         self._writing: Connection | None = None
-        self._queue: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[_Write | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._write_all, name="sql-writer", daemon=True)
         self._thread.start()
 
@@ -75,7 +74,7 @@ class Database:
         Raises:
             MetadataUnavailable: the database did not answer.
         """
-        return await run(self._threads, self._read, lambda connection: unit(connection, *args, **kwargs))
+        return await self._threads.run(self._read, lambda connection: unit(connection, *args, **kwargs))
 
     async def write(self, unit: Unit[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Run a unit, commit, and return its result once the commit is on the disk.
@@ -94,7 +93,7 @@ class Database:
         """Finish what is queued and close the file."""
         self._queue.put(None)
         await asyncio.to_thread(self._thread.join)
-        await asyncio.to_thread(self._threads.shutdown)
+        await self._threads.close()
         if self._writing is not None:
             self._writing.close()
         self._reader.dispose()
@@ -103,9 +102,9 @@ class Database:
     async def _enqueue(self, work: Callable[[Connection], T], *, durable: bool) -> T:
         if not self._thread.is_alive():
             raise MetadataUnavailable("the database is closed")
-        future: Future[T] = Future()
-        self._queue.put(_Job(work, durable and self._sync, future))
-        return await settle(future)
+        job = Job(work)
+        self._queue.put(_Write(job, durable and self._sync))
+        return await job.wait()
 
     def _read(self, work: Callable[[Connection], T]) -> T:
         with _sql_errors():
@@ -117,10 +116,10 @@ class Database:
 
     def _write_all(self) -> None:
         while (batch := self._next_batch())[-1] is not None:
-            self._write_batch([job for job in batch if job])
-        self._write_batch([job for job in batch if job])
+            self._write_batch([write for write in batch if write])
+        self._write_batch([write for write in batch if write])
 
-    def _next_batch(self) -> list[_Job | None]:
+    def _next_batch(self) -> list[_Write | None]:
         batch = [self._queue.get()]
         while batch[-1] is not None and len(batch) < _BATCH_LIMIT:
             try:
@@ -129,43 +128,57 @@ class Database:
                 break
         return batch
 
-    def _write_batch(self, jobs: list[_Job]) -> None:
-        outcomes: list[tuple[_Job, Any, BaseException | None]] = []
+    def _write_batch(self, writes: list[_Write]) -> None:
+        outcomes: list[tuple[_Write, Any, BaseException | None]] = []
         try:
             with _sql_errors():
                 connection = self._writing = self._writing or self._writer.connect()
-                self._set_synchronous(connection, "FULL" if any(job.durable for job in jobs) else "NORMAL")
+                self._set_synchronous(connection, "FULL" if any(write.durable for write in writes) else "NORMAL")
                 with connection.begin():
-                    outcomes = [_outcome(connection, job, alone=len(jobs) == 1) for job in jobs]
+                    outcomes = [_outcome(connection, write, alone=len(writes) == 1) for write in writes]
         except BaseException as error:
-            outcomes = [(job, None, failure or error) for job, _, failure in outcomes]
-            outcomes += [(job, None, error) for job in jobs[len(outcomes) :]]
-        for job, result, failure in outcomes:
+            outcomes = [(write, None, failure or error) for write, _, failure in outcomes]
+            outcomes += [(write, None, error) for write in writes[len(outcomes) :]]
+        for write, result, failure in outcomes:
             if failure is None:
-                job.future.set_result(result)
+                write.job.succeed(result)
             else:
-                job.future.set_exception(failure)
+                write.job.fail(failure)
 
     def _set_synchronous(self, connection: Connection, level: str) -> None:
         """[SQLite: PRAGMA synchronous] FULL syncs the log at each commit, with all that stands before it."""
         if level != self._synchronous:
-            _driver(connection).execute(f"PRAGMA synchronous={level}")
+            driver(connection).execute(f"PRAGMA synchronous={level}")
             self._synchronous = level
 
 
-def _outcome(connection: Connection, job: _Job, *, alone: bool) -> tuple[_Job, Any, BaseException | None]:
+def _outcome(connection: Connection, write: _Write, *, alone: bool) -> tuple[_Write, Any, BaseException | None]:
     """Run one unit of a batch. What it raises undoes it alone, unless the database itself failed."""
     try:
         if alone:
-            return job, job.work(connection), None
-        with connection.begin_nested():
-            return job, job.work(connection), None
-    except OperationalError:
+            return write, write.job.work(connection), None
+        with _savepoint(connection):
+            return write, write.job.work(connection), None
+    except (OperationalError, sqlite3.OperationalError):
         raise
     except Exception as error:
         if alone:
             raise
-        return job, None, error
+        return write, None, error
+
+
+@contextlib.contextmanager
+def _savepoint(connection: Connection) -> Iterator[None]:
+    """Undo what the block did if it raises. By the driver: SQLAlchemy's own costs as much as a whole unit."""
+    execute = driver(connection).execute
+    execute("SAVEPOINT unit")
+    try:
+        yield
+    except BaseException:
+        execute("ROLLBACK TO unit")
+        raise
+    finally:
+        execute("RELEASE unit")
 
 
 def sqlite_path(url: str) -> Path:
@@ -198,7 +211,7 @@ def _engine(path: Path, begin: str) -> Engine:
 
     @event.listens_for(engine, "begin")
     def _begun(connection: Connection) -> None:
-        _driver(connection).execute(f"BEGIN {begin}")
+        driver(connection).execute(f"BEGIN {begin}")
 
     return engine
 
@@ -209,12 +222,6 @@ def prepare(connection: sqlite3.Connection) -> None:
     connection.execute("PRAGMA synchronous=FULL")
     connection.execute("PRAGMA foreign_keys=ON")
     connection.execute("PRAGMA cache_size=-8192")
-
-
-def _driver(connection: Connection) -> sqlite3.Connection:
-    driver = connection.connection.dbapi_connection
-    assert isinstance(driver, sqlite3.Connection)
-    return driver
 
 
 @contextlib.contextmanager

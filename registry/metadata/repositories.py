@@ -8,10 +8,11 @@ from typing import Final
 from sqlalchemy import Connection, and_, bindparam, func, insert, select, update
 from sqlalchemy.sql.elements import ColumnElement
 
+from registry.metadata.prepared import Prepared
 from registry.metadata.tables import now, repository, repository_manifest, tag
 from storage.names import RepositoryName
 
-_find: Final = select(repository.c.id).where(repository.c.name == bindparam("name"), repository.c.has_content)
+_find: Final = Prepared(select(repository.c.id).where(repository.c.name == bindparam("name"), repository.c.has_content))
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +29,8 @@ class Node:
 
 def find(connection: Connection, name: RepositoryName) -> int | None:
     """Return the id of a repository that has, or had, content."""
-    return connection.scalar(_find, {"name": name})
+    found: int | None = _find.scalar(connection, name=name)
+    return found
 
 
 def ensure(connection: Connection, name: RepositoryName) -> int:

@@ -9,9 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
-from sqlalchemy import Connection, bindparam, delete, func, insert, or_, select, update
+from sqlalchemy import Connection, and_, bindparam, delete, func, insert, or_, select, update
 
 from registry.errors import BlobUploadUnknown, UploadConflict
+from registry.metadata.prepared import Prepared
 from registry.metadata.tables import now, upload_session
 from storage.base import Checkpoint
 from storage.names import RepositoryName
@@ -20,17 +21,39 @@ from storage.names import RepositoryName
 LEASE: Final = 150_000_000
 
 
-# Statements of the hot path are built once: building one costs four times as much as running it.
-_find: Final = select(upload_session).where(
-    upload_session.c.id == bindparam("session_id"), upload_session.c.repository == bindparam("repository")
+_create: Final = Prepared(
+    insert(upload_session).values(
+        id=bindparam("session_id"),
+        repository=bindparam("repository"),
+        key=bindparam("key"),
+        algorithm=bindparam("algorithm"),
+        offset=bindparam("offset"),
+        state=bindparam("state"),
+        claimed_at=0,
+        created_at=bindparam("at"),
+        updated_at=bindparam("at"),
+    )
 )
-_claim: Final = (
+_columns: Final = (
+    upload_session.c.id,
+    upload_session.c.repository,
+    upload_session.c.key,
+    upload_session.c.algorithm,
+    upload_session.c.offset,
+    upload_session.c.state,
+)
+_is_named: Final = and_(
+    upload_session.c.id == bindparam("session_id"), upload_session.c.repository == bindparam("name")
+)
+_find: Final = Prepared(select(*_columns).where(_is_named))
+_claim: Final = Prepared(
     update(upload_session)
-    .where(upload_session.c.id == bindparam("session_id"))
+    .where(_is_named)
     .where(or_(upload_session.c.writer.is_(None), upload_session.c.claimed_at < bindparam("expired")))
     .values(writer=bindparam("by"), claimed_at=bindparam("at"))
+    .returning(*_columns)
 )
-_advance: Final = (
+_advance: Final = Prepared(
     update(upload_session)
     .where(upload_session.c.id == bindparam("session_id"), upload_session.c.writer == bindparam("by"))
     .values(
@@ -54,28 +77,24 @@ class Session:
 
 def create(connection: Connection, session_id: str, repository: RepositoryName, start: Checkpoint) -> None:
     """Open a session."""
-    at = now()
-    connection.execute(
-        insert(upload_session).values(
-            id=session_id,
-            repository=repository,
-            key=start.key,
-            algorithm=start.algorithm,
-            offset=start.offset,
-            state=start.state,
-            claimed_at=0,
-            created_at=at,
-            updated_at=at,
-        )
+    _create.change(
+        connection,
+        session_id=session_id,
+        repository=repository,
+        key=start.key,
+        algorithm=start.algorithm,
+        offset=start.offset,
+        state=start.state,
+        at=now(),
     )
 
 
 def find(connection: Connection, session_id: str, repository: RepositoryName) -> Session:
     """Return an open session, or raise `BlobUploadUnknown`."""
-    row = connection.execute(_find, {"session_id": session_id, "repository": repository}).first()
+    row = _find.first(connection, session_id=session_id, name=repository)
     if row is None:
         raise BlobUploadUnknown
-    return Session(row.id, row.repository, Checkpoint(row.key, row.algorithm, row.offset, row.state))
+    return _session(row)
 
 
 def claim(connection: Connection, session_id: str, repository: RepositoryName, writer: str) -> Session:
@@ -85,12 +104,16 @@ def claim(connection: Connection, session_id: str, repository: RepositoryName, w
         BlobUploadUnknown: there is no such session.
         UploadConflict: another writer holds it.
     """
-    session = find(connection, session_id, repository)
     at = now()
-    claimed = connection.execute(_claim, {"session_id": session_id, "by": writer, "at": at, "expired": at - LEASE})
-    if not claimed.rowcount:
+    row = _claim.first(connection, session_id=session_id, name=repository, by=writer, at=at, expired=at - LEASE)
+    if row is None:
+        find(connection, session_id, repository)
         raise UploadConflict
-    return session
+    return _session(row)
+
+
+def _session(row: tuple[str, str, str, str, int, bytes]) -> Session:
+    return Session(row[0], RepositoryName(row[1]), Checkpoint(*row[2:]))
 
 
 def advance(connection: Connection, session_id: str, writer: str, checkpoint: Checkpoint, *, release: bool) -> None:
@@ -99,18 +122,16 @@ def advance(connection: Connection, session_id: str, writer: str, checkpoint: Ch
     Raises:
         BlobUploadUnknown: it was cancelled meanwhile, or the claim went to somebody else.
     """
-    advanced = connection.execute(
-        _advance,
-        {
-            "session_id": session_id,
-            "by": writer,
-            "to": checkpoint.offset,
-            "new_state": checkpoint.state,
-            "next_writer": None if release else writer,
-            "at": now(),
-        },
+    advanced = _advance.change(
+        connection,
+        session_id=session_id,
+        by=writer,
+        to=checkpoint.offset,
+        new_state=checkpoint.state,
+        next_writer=None if release else writer,
+        at=now(),
     )
-    if not advanced.rowcount:
+    if not advanced:
         raise BlobUploadUnknown
 
 

@@ -24,9 +24,10 @@ from registry.errors import (
     NameUnknown,
     UploadConflict,
 )
-from registry.metadata import content, repositories, sessions, tags
-from registry.metadata.content import PushedManifest, StoredBlob
+from registry.metadata import blobs, manifests, repositories, sessions, tags
+from registry.metadata.blobs import StoredBlob
 from registry.metadata.engine import Database, sqlite_path
+from registry.metadata.manifests import PushedManifest
 from registry.metadata.schema import upgrade
 from registry.metadata.tables import blob, manifest, manifest_reference, now, repository, tag_event, upload_session
 from storage.base import Checkpoint
@@ -186,7 +187,7 @@ async def test_a_write_after_closing_is_an_error_and_no_endless_wait(tmp_path: P
     finally:
         # A unit that nobody will ever answer would keep the loop from ending.
         if not done and (job := database._queue.get_nowait()):
-            job.future.cancel()
+            job.job.fail(TimeoutError())
             await asyncio.wait({task})
 
 
@@ -242,7 +243,7 @@ async def put_blob(database: Database, data: bytes, name: RepositoryName = NAME,
     await database.note(add, session_id)
     await database.note(sessions.claim, session_id, NAME, "writer")
     key = f"blobs/{digest.hex}.{session_id}"
-    await database.write(content.finish_upload, session_id, "writer", name, digest, StoredBlob(key=key, size=len(data)))
+    await database.write(blobs.finish_upload, session_id, "writer", name, digest, StoredBlob(key=key, size=len(data)))
     return digest
 
 
@@ -251,7 +252,7 @@ async def put_manifest(
 ) -> Digest:
     digest = Digest.of(data)
     pushed = PushedManifest(parse_manifest(data, ""), digest, data)
-    await database.write(content.put_manifest, name, pushed, [Tag(tag) for tag in moved], "somebody", sparse=sparse)
+    await database.write(manifests.put, name, pushed, [Tag(tag) for tag in moved], "somebody", sparse=sparse)
     return digest
 
 
@@ -277,10 +278,10 @@ async def test_a_blob_that_a_manifest_points_to_cannot_be_deleted(database: Data
     for data in image.blobs:
         digest = Digest.of(data)
         # In no repository any more; the manifest alone keeps it.
-        await database.write(content.delete_blob, NAME, digest)
+        await database.write(blobs.remove, NAME, digest)
         with pytest.raises(IntegrityError):
             await database.write(drop_blob, digest)
-    await database.write(content.delete_manifest, NAME, Digest.parse(image.digest), "")
+    await database.write(manifests.remove, NAME, Digest.parse(image.digest), "")
     assert [await database.write(drop_blob, Digest.of(data)) for data in image.blobs] == [1, 1]
 
 
@@ -288,7 +289,7 @@ async def test_a_blob_that_a_repository_holds_cannot_be_deleted(database: Databa
     digest = await put_blob(database, b"content")
     with pytest.raises(IntegrityError):
         await database.write(drop_blob, digest)
-    await database.write(content.delete_blob, NAME, digest)
+    await database.write(blobs.remove, NAME, digest)
     assert await database.write(drop_blob, digest) == 1
 
 
@@ -298,13 +299,13 @@ async def test_a_manifest_cannot_point_to_a_blob_that_is_just_being_deleted(data
         await put_blob(database, data)
 
     def collect(connection: Connection, digest: Digest) -> None:
-        content.delete_blob(connection, NAME, digest)
+        blobs.remove(connection, NAME, digest)
         drop_blob(connection, digest)
 
     pushed = PushedManifest(parse_manifest(image.manifest, ""), Digest.of(image.manifest), image.manifest)
 
     def put(connection: Connection, _: None) -> None:
-        content.put_manifest(connection, NAME, pushed, [], "", sparse=False)
+        manifests.put(connection, NAME, pushed, [], "", sparse=False)
 
     results = await batch(database, (collect, Digest.of(image.config)), (put, None))
     assert [type(result) for result in results] == [type(None), ManifestBlobUnknown]
@@ -317,7 +318,7 @@ async def test_a_manifest_lists_all_that_it_misses(database: Database) -> None:
         await put_manifest(database, image.manifest, "latest")
     missing = [str(Digest.of(data)) for data in (image.config, image.layers[0], image.layers[2])]
     assert [digest for digest, _ in raised.value.missing] == missing
-    assert await database.read(content.find_manifest, NAME, Tag("latest")) is None
+    assert await database.read(manifests.find, NAME, Tag("latest")) is None
 
 
 async def test_a_sparse_image_keeps_its_blobs_from_the_moment_they_arrive(database: Database) -> None:
@@ -327,7 +328,7 @@ async def test_a_sparse_image_keeps_its_blobs_from_the_moment_they_arrive(databa
     for count, data in enumerate(image.blobs, 1):
         digest = await put_blob(database, data, name=OTHER)
         assert await database.read(references, "blob_id") == count
-        await database.write(content.delete_blob, OTHER, digest)
+        await database.write(blobs.remove, OTHER, digest)
         with pytest.raises(IntegrityError):
             await database.write(drop_blob, digest)
 
@@ -338,7 +339,7 @@ async def test_a_sparse_index_finds_its_children_when_they_arrive(database: Data
     for count, image in enumerate(images, 1):
         await put_manifest(database, image.manifest, sparse=True)
         assert await database.read(references, "child_id") == count
-    await database.write(content.delete_manifest, NAME, Digest.parse(images[0].digest), "")
+    await database.write(manifests.remove, NAME, Digest.parse(images[0].digest), "")
     assert await database.read(references, "child_id") == 1
 
 
@@ -350,30 +351,30 @@ async def test_a_manifest_stays_as_long_as_one_repository_holds_it(database: Dat
     image = await put_image(database, "latest")
     digest = Digest.parse(image.digest)
     for data in image.blobs:
-        assert await database.write(content.mount_blob, NAME, OTHER, Digest.of(data))
+        assert await database.write(blobs.mount, NAME, OTHER, Digest.of(data))
     await put_manifest(database, image.manifest, name=OTHER)
-    await database.write(content.delete_manifest, NAME, digest, "")
+    await database.write(manifests.remove, NAME, digest, "")
     assert await database.read(count) == (1, 2)
-    found = await database.read(content.find_manifest, OTHER, digest)
+    found = await database.read(manifests.find, OTHER, digest)
     assert found
     assert found.content == image.manifest
-    await database.write(content.delete_manifest, OTHER, digest, "")
+    await database.write(manifests.remove, OTHER, digest, "")
     assert await database.read(count) == (0, 0)
 
 
 async def test_the_second_upload_of_the_same_bytes_serves_from_the_first(database: Database) -> None:
     digest = await put_blob(database, b"content")
-    first = await database.read(content.find_blob, NAME, digest)
+    first = await database.read(blobs.find, NAME, digest)
     await put_blob(database, b"content", name=OTHER)
-    assert await database.read(content.find_blob, OTHER, digest) == first
+    assert await database.read(blobs.find, OTHER, digest) == first
 
 
 async def test_a_mount_needs_the_blob_in_its_source(database: Database) -> None:
     digest = await put_blob(database, b"content")
-    assert not await database.write(content.mount_blob, OTHER, RepositoryName("third"), digest)
-    assert await database.read(content.find_blob, RepositoryName("third"), digest) is None
-    assert await database.write(content.mount_blob, NAME, OTHER, digest)
-    assert sorted(await database.read(content.holders, digest)) == sorted([NAME, OTHER])
+    assert not await database.write(blobs.mount, OTHER, RepositoryName("third"), digest)
+    assert await database.read(blobs.find, RepositoryName("third"), digest) is None
+    assert await database.write(blobs.mount, NAME, OTHER, digest)
+    assert sorted(await database.read(blobs.holders, digest)) == sorted([NAME, OTHER])
 
 
 async def test_every_move_of_a_tag_is_in_its_history_for_ever(database: Database) -> None:
@@ -381,7 +382,7 @@ async def test_every_move_of_a_tag_is_in_its_history_for_ever(database: Database
     await put_manifest(database, first.manifest, "latest")  # points there already
     await put_manifest(database, second.manifest, "latest", "v2")
     await database.write(tags.delete_tag, NAME, Tag("latest"), "deleter")
-    await database.write(content.delete_manifest, NAME, Digest.parse(second.digest), "deleter")
+    await database.write(manifests.remove, NAME, Digest.parse(second.digest), "deleter")
 
     def history(connection: Connection) -> list[Any]:
         columns = (tag_event.c.name, tag_event.c.digest, tag_event.c.by)
@@ -496,8 +497,8 @@ async def test_who_lost_the_session_cannot_finish_with_it(database: Database) ->
     await database.note(sessions.remove, "a", NAME)
     digest = Digest.of(b"content")
     with pytest.raises(BlobUploadUnknown):
-        await database.write(content.finish_upload, "a", "writer", NAME, digest, StoredBlob("key", 7))
-    assert not await database.read(content.exists_anywhere, digest)
+        await database.write(blobs.finish_upload, "a", "writer", NAME, digest, StoredBlob("key", 7))
+    assert not await database.read(blobs.exists_anywhere, digest)
 
 
 async def test_annotations_and_platforms_are_kept_as_json(database: Database) -> None:

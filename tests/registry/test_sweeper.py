@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from sqlalchemy import Connection, select, update
 
-from registry.metadata import content, sessions
-from registry.metadata.content import StoredBlob
+from registry.metadata import blobs, sessions
+from registry.metadata.blobs import StoredBlob
 from registry.metadata.engine import Database
 from registry.metadata.tables import now, upload_session
 from registry.sweeper import Sweeper
@@ -73,7 +73,7 @@ async def put_blob(store: FilesystemStore, database: Database, *, row: bool = Tr
     digest = Digest.of(name.encode())
     key = await upload.commit(digest)
     if row:
-        await database.write(content.finish_upload, name, "writer", NAME, digest, StoredBlob(key, len(name)))
+        await database.write(blobs.finish_upload, name, "writer", NAME, digest, StoredBlob(key, len(name)))
     return key
 
 

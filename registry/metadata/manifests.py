@@ -1,4 +1,4 @@
-"""Blobs and manifests, and which repository holds which."""
+"""Manifests: their bytes, what they point to, and which repository holds them."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from typing import Final
 import msgspec
 from sqlalchemy import Connection, and_, bindparam, delete, exists, func, insert, select, update
 
-from registry.errors import BlobUnknown, BlobUploadUnknown, ManifestBlobUnknown, ManifestUnknown
+from registry.errors import ManifestBlobUnknown, ManifestUnknown
 from registry.metadata import repositories, tags
+from registry.metadata.prepared import Prepared
 from registry.metadata.tables import (
     blob,
     manifest,
@@ -20,21 +21,12 @@ from registry.metadata.tables import (
     repository_blob,
     repository_manifest,
     tag,
-    upload_session,
 )
 from storage.digest import Digest
 from storage.names import RepositoryName, Tag
 from storage.oci import INDEXES, Link, Manifest, Relation
 
 _INTEGER_LIMIT: Final = 2**63 - 1
-
-
-@dataclass(frozen=True, slots=True)
-class StoredBlob:
-    """Where the bytes of a blob lie, and how many."""
-
-    key: str
-    size: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,166 +55,30 @@ class PushedManifest:
     platforms: Sequence[str] = ()
 
 
-# Statements of the hot path are built once: building one costs four times as much as running it.
-_find_blob: Final = (
-    select(blob.c.key, blob.c.size)
-    .join(repository_blob, repository_blob.c.blob_id == blob.c.id)
-    .join(repository, repository.c.id == repository_blob.c.repository_id)
-    .where(repository.c.name == bindparam("name"), blob.c.digest == bindparam("digest"))
-)
-_exists_anywhere: Final = select(blob.c.id).where(blob.c.digest == bindparam("digest"))
-_touch: Final = update(blob).where(blob.c.id == bindparam("blob_id")).values(touched_at=bindparam("at"))
-_is_linked: Final = select(repository_blob.c.blob_id).where(
-    repository_blob.c.repository_id == bindparam("repository_id"), repository_blob.c.blob_id == bindparam("blob_id")
-)
-_insert_link: Final = insert(repository_blob)
-_insert_blob: Final = insert(blob)
-_fill_references: Final = (
-    update(manifest_reference)
-    .where(manifest_reference.c.digest == bindparam("wanted"), manifest_reference.c.blob_id.is_(None))
-    .values(blob_id=bindparam("found"))
-)
-_delete_session: Final = delete(upload_session).where(
-    upload_session.c.id == bindparam("session_id"), upload_session.c.writer == bindparam("by")
-)
-_manifest: Final = (
+_columns: Final = (
     select(manifest.c.digest, repository_manifest.c.media_type, manifest.c.content)
     .join(repository_manifest, repository_manifest.c.manifest_id == manifest.c.id)
     .join(repository, repository.c.id == repository_manifest.c.repository_id)
     .where(repository.c.name == bindparam("name"))
 )
-_manifest_by_digest: Final = _manifest.where(manifest.c.digest == bindparam("digest"))
-_manifest_by_tag: Final = _manifest.join(
-    tag, and_(tag.c.repository_id == repository.c.id, tag.c.manifest_id == manifest.c.id)
-).where(tag.c.name == bindparam("tag"))
-
-
-# --- blobs -----------------------------------------------------------------------------------------------
-
-
-def find_blob(connection: Connection, name: RepositoryName, digest: Digest) -> StoredBlob | None:
-    """Return a blob that the repository holds."""
-    row = connection.execute(_find_blob, {"name": name, "digest": str(digest)}).first()
-    return StoredBlob(*row) if row else None
-
-
-def exists_anywhere(connection: Connection, digest: Digest) -> bool:
-    """Return whether any repository's blob has these bytes already."""
-    return connection.scalar(_exists_anywhere, {"digest": str(digest)}) is not None
-
-
-def holders(connection: Connection, digest: Digest, limit: int = 100) -> list[str]:
-    """Return names of repositories that hold the blob."""
-    return list(
-        connection.scalars(
-            select(repository.c.name)
-            .join(repository_blob, repository_blob.c.repository_id == repository.c.id)
-            .join(blob, blob.c.id == repository_blob.c.blob_id)
-            .where(blob.c.digest == str(digest))
-            .limit(limit)
-        )
+_by_digest: Final = Prepared(_columns.where(manifest.c.digest == bindparam("digest")))
+_by_tag: Final = Prepared(
+    _columns.join(tag, and_(tag.c.repository_id == repository.c.id, tag.c.manifest_id == manifest.c.id)).where(
+        tag.c.name == bindparam("tag")
     )
+)
 
 
-def mount_blob(connection: Connection, source: RepositoryName, target: RepositoryName, digest: Digest) -> bool:
-    """Make a blob of `source` visible in `target` too; False where `source` does not hold it."""
-    return find_blob(connection, source, digest) is not None and _link_existing(connection, target, digest)
-
-
-def _link_existing(connection: Connection, name: RepositoryName, digest: Digest) -> bool:
-    at = now()
-    blob_id = connection.scalar(_exists_anywhere, {"digest": str(digest)})
-    if blob_id is None:
-        return False
-    connection.execute(_touch, {"blob_id": blob_id, "at": at})
-    _link(connection, repositories.ensure(connection, name), int(blob_id), at)
-    return True
-
-
-def _link(connection: Connection, repository_id: int, blob_id: int, at: int) -> None:
-    link = {"repository_id": repository_id, "blob_id": blob_id}
-    if connection.scalar(_is_linked, link) is None:
-        connection.execute(_insert_link, {**link, "created_at": at})
-
-
-def finish_with_existing(
-    connection: Connection, session_id: str, writer: str, name: RepositoryName, digest: Digest
-) -> bool:
-    """End an upload whose bytes are in the store already; False where they are not, and nothing changed."""
-    if not _link_existing(connection, name, digest):
-        return False
-    _end_session(connection, session_id, writer)
-    return True
-
-
-def finish_upload(
-    connection: Connection,
-    session_id: str,
-    writer: str,
-    name: RepositoryName,
-    digest: Digest,
-    stored: StoredBlob,
-) -> bool:
-    """End an upload whose bytes now lie under `stored.key`.
-
-    Returns:
-        False where another upload of the same bytes was first: its copy serves, and ours is to be deleted.
-
-    Raises:
-        BlobUploadUnknown: the session was cancelled meanwhile; ours is to be deleted.
-    """
-    _end_session(connection, session_id, writer)
-    if _link_existing(connection, name, digest):
-        return False
-    at = now()
-    row = {"digest": str(digest), "size": stored.size, "key": stored.key, "created_at": at, "touched_at": at}
-    result = connection.execute(_insert_blob, row)
-    assert result.inserted_primary_key is not None
-    blob_id = int(result.inserted_primary_key[0])
-    _link(connection, repositories.ensure(connection, name), blob_id, at)
-    # Sparse manifests may have waited for these bytes; from now on they keep them.
-    connection.execute(_fill_references, {"wanted": str(digest), "found": blob_id})
-    return True
-
-
-def _end_session(connection: Connection, session_id: str, writer: str) -> None:
-    ended = connection.execute(_delete_session, {"session_id": session_id, "by": writer})
-    if not ended.rowcount:
-        raise BlobUploadUnknown
-
-
-def delete_blob(connection: Connection, name: RepositoryName, digest: Digest) -> None:
-    """Make a blob invisible in a repository; others keep it. Raises `BlobUnknown`."""
-    link = (
-        select(repository_blob.c.repository_id, repository_blob.c.blob_id)
-        .join(repository, repository.c.id == repository_blob.c.repository_id)
-        .join(blob, blob.c.id == repository_blob.c.blob_id)
-        .where(repository.c.name == name, blob.c.digest == str(digest))
-    )
-    row = connection.execute(link).first()
-    if row is None:
-        raise BlobUnknown
-    connection.execute(delete(repository_blob).filter_by(**row._mapping))
-
-
-def known_keys(connection: Connection, keys: list[str]) -> set[str]:
-    """Return which of `keys` a blob row names."""
-    return set(connection.scalars(select(blob.c.key).where(blob.c.key.in_(keys))))
-
-
-# --- manifests -------------------------------------------------------------------------------------------
-
-
-def find_manifest(connection: Connection, name: RepositoryName, reference: Tag | Digest) -> StoredManifest | None:
+def find(connection: Connection, name: RepositoryName, reference: Tag | Digest) -> StoredManifest | None:
     """Return the manifest that a tag points to, or that has a digest, in this repository. One statement."""
     if isinstance(reference, Digest):
-        row = connection.execute(_manifest_by_digest, {"name": name, "digest": str(reference)}).first()
+        row = _by_digest.first(connection, name=name, digest=str(reference))
     else:
-        row = connection.execute(_manifest_by_tag, {"name": name, "tag": reference}).first()
-    return StoredManifest(Digest.parse(row.digest), row.media_type, row.content) if row else None
+        row = _by_tag.first(connection, name=name, tag=reference)
+    return StoredManifest(Digest.parse(row[0]), row[1], row[2]) if row else None
 
 
-def put_manifest(
+def put(
     connection: Connection,
     name: RepositoryName,
     pushed: PushedManifest,
@@ -365,7 +221,7 @@ def _hold(connection: Connection, repository_id: int, manifest_id: int, media_ty
         connection.execute(insert(repository_manifest).values(**link, **values))
 
 
-def delete_manifest(connection: Connection, name: RepositoryName, digest: Digest, by: str) -> None:
+def remove(connection: Connection, name: RepositoryName, digest: Digest, by: str) -> None:
     """Delete a manifest from a repository, with all tags that point to it. Raises `ManifestUnknown`."""
     row = connection.execute(
         select(repository_manifest.c.repository_id, repository_manifest.c.manifest_id)

@@ -1,0 +1,174 @@
+"""Blobs: which bytes are in the store, and which repository holds them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from sqlalchemy import Connection, bindparam, delete, insert, select, update
+
+from registry.errors import BlobUnknown, BlobUploadUnknown
+from registry.metadata import repositories, sessions
+from registry.metadata.prepared import Prepared
+from registry.metadata.sessions import Session
+from registry.metadata.tables import blob, manifest_reference, now, repository, repository_blob, upload_session
+from storage.digest import Digest
+from storage.names import RepositoryName
+
+
+@dataclass(frozen=True, slots=True)
+class StoredBlob:
+    """Where the bytes of a blob lie, and how many."""
+
+    key: str
+    size: int
+
+
+_find: Final = Prepared(
+    select(blob.c.key, blob.c.size)
+    .join(repository_blob, repository_blob.c.blob_id == blob.c.id)
+    .join(repository, repository.c.id == repository_blob.c.repository_id)
+    .where(repository.c.name == bindparam("name"), blob.c.digest == bindparam("digest"))
+)
+_id: Final = Prepared(select(blob.c.id).where(blob.c.digest == bindparam("digest")))
+_insert: Final = Prepared(
+    insert(blob)
+    .values(
+        digest=bindparam("digest"),
+        size=bindparam("size"),
+        key=bindparam("key"),
+        created_at=bindparam("at"),
+        touched_at=bindparam("at"),
+    )
+    .returning(blob.c.id)
+)
+_touch: Final = Prepared(update(blob).where(blob.c.id == bindparam("blob_id")).values(touched_at=bindparam("at")))
+_is_linked: Final = Prepared(
+    select(repository_blob.c.blob_id).where(
+        repository_blob.c.repository_id == bindparam("repository_id"), repository_blob.c.blob_id == bindparam("blob_id")
+    )
+)
+_link: Final = Prepared(
+    insert(repository_blob).values(
+        repository_id=bindparam("repository_id"), blob_id=bindparam("blob_id"), created_at=bindparam("at")
+    )
+)
+_fill_references: Final = Prepared(
+    update(manifest_reference)
+    .where(manifest_reference.c.digest == bindparam("wanted"), manifest_reference.c.blob_id.is_(None))
+    .values(blob_id=bindparam("found"))
+)
+_delete_session: Final = Prepared(
+    delete(upload_session).where(
+        upload_session.c.id == bindparam("session_id"), upload_session.c.writer == bindparam("by")
+    )
+)
+
+
+def find(connection: Connection, name: RepositoryName, digest: Digest) -> StoredBlob | None:
+    """Return a blob that the repository holds."""
+    row = _find.first(connection, name=name, digest=str(digest))
+    return StoredBlob(*row) if row else None
+
+
+def exists_anywhere(connection: Connection, digest: Digest) -> bool:
+    """Return whether any repository's blob has these bytes already."""
+    return _id.scalar(connection, digest=str(digest)) is not None
+
+
+def holders(connection: Connection, digest: Digest, limit: int = 100) -> list[str]:
+    """Return names of repositories that hold the blob."""
+    return list(
+        connection.scalars(
+            select(repository.c.name)
+            .join(repository_blob, repository_blob.c.repository_id == repository.c.id)
+            .join(blob, blob.c.id == repository_blob.c.blob_id)
+            .where(blob.c.digest == str(digest))
+            .limit(limit)
+        )
+    )
+
+
+def mount(connection: Connection, source: RepositoryName, target: RepositoryName, digest: Digest) -> bool:
+    """Make a blob of `source` visible in `target` too; False where `source` does not hold it."""
+    return find(connection, source, digest) is not None and _link_existing(connection, target, digest)
+
+
+def _link_existing(connection: Connection, name: RepositoryName, digest: Digest) -> bool:
+    at = now()
+    blob_id = _id.scalar(connection, digest=str(digest))
+    if blob_id is None:
+        return False
+    _touch.change(connection, blob_id=blob_id, at=at)
+    repository_id = repositories.ensure(connection, name)
+    if _is_linked.scalar(connection, repository_id=repository_id, blob_id=blob_id) is None:
+        _link.change(connection, repository_id=repository_id, blob_id=blob_id, at=at)
+    return True
+
+
+def claim_to_finish(
+    connection: Connection, session_id: str, name: RepositoryName, writer: str, digest: Digest
+) -> tuple[Session, bool]:
+    """Claim a session, as `sessions.claim` does, and say whether the bytes it shall end as are in the store."""
+    return sessions.claim(connection, session_id, name, writer), exists_anywhere(connection, digest)
+
+
+def finish_with_existing(
+    connection: Connection, session_id: str, writer: str, name: RepositoryName, digest: Digest
+) -> bool:
+    """End an upload whose bytes are in the store already; False where they are not, and nothing changed."""
+    if not _link_existing(connection, name, digest):
+        return False
+    _end_session(connection, session_id, writer)
+    return True
+
+
+def finish_upload(
+    connection: Connection,
+    session_id: str,
+    writer: str,
+    name: RepositoryName,
+    digest: Digest,
+    stored: StoredBlob,
+) -> bool:
+    """End an upload whose bytes now lie under `stored.key`.
+
+    Returns:
+        False where another upload of the same bytes was first: its copy serves, and ours is to be deleted.
+
+    Raises:
+        BlobUploadUnknown: the session was cancelled meanwhile; ours is to be deleted.
+    """
+    _end_session(connection, session_id, writer)
+    if _link_existing(connection, name, digest):
+        return False
+    at = now()
+    blob_id = _insert.scalar(connection, digest=str(digest), size=stored.size, key=stored.key, at=at)
+    _link.change(connection, repository_id=repositories.ensure(connection, name), blob_id=blob_id, at=at)
+    # Sparse manifests may have waited for these bytes; from now on they keep them.
+    _fill_references.change(connection, wanted=str(digest), found=blob_id)
+    return True
+
+
+def _end_session(connection: Connection, session_id: str, writer: str) -> None:
+    if not _delete_session.change(connection, session_id=session_id, by=writer):
+        raise BlobUploadUnknown
+
+
+def remove(connection: Connection, name: RepositoryName, digest: Digest) -> None:
+    """Make a blob invisible in a repository; others keep it. Raises `BlobUnknown`."""
+    link = (
+        select(repository_blob.c.repository_id, repository_blob.c.blob_id)
+        .join(repository, repository.c.id == repository_blob.c.repository_id)
+        .join(blob, blob.c.id == repository_blob.c.blob_id)
+        .where(repository.c.name == name, blob.c.digest == str(digest))
+    )
+    row = connection.execute(link).first()
+    if row is None:
+        raise BlobUnknown
+    connection.execute(delete(repository_blob).filter_by(**row._mapping))
+
+
+def known_keys(connection: Connection, keys: list[str]) -> set[str]:
+    """Return which of `keys` a blob row names."""
+    return set(connection.scalars(select(blob.c.key).where(blob.c.key.in_(keys))))
