@@ -17,6 +17,7 @@ from registry.browse import Browse
 from registry.config import Settings
 from registry.contents import Contents
 from registry.dispatch import Dispatcher, Table
+from registry.fresh import FreshSessions
 from registry.health import Health
 from registry.listings import Listings
 from registry.logs import AccessLog, is_json
@@ -70,6 +71,7 @@ def build(settings: Settings, *, process: Process | None = None, store: Store | 
     store = store or open_store(settings)
     database = Database(settings.database.url, sync=settings.database.sync)
     contents = Contents(database, settings.cache.bytes, alone=process.alone)
+    fresh = FreshSessions(store, database, enabled=process.alone)
     access = OpenAccess()
     receiver = Receiver(settings.uploads.concurrent, settings.uploads.buffer_bytes, settings.uploads.stall_seconds)
     sender = Sender(16, settings.uploads.stall_seconds)
@@ -80,7 +82,7 @@ def build(settings: Settings, *, process: Process | None = None, store: Store | 
     table = _table(
         settings,
         Blobs(store, contents, sender),
-        Uploads(store, database, receiver, access),
+        Uploads(store, database, contents, fresh, receiver, access),
         Manifests(store, contents, receiver, settings.registry),
         Listings(database, access),
         Referrers(database, contents),
@@ -91,7 +93,7 @@ def build(settings: Settings, *, process: Process | None = None, store: Store | 
     app.router.add_route("*", "/v2/{path:.*}", Dispatcher(table, access).handle, expect_handler=_uninvited)
     app.router.add_get("/v2", _to_base)
     app.router.add_routes(Browse(database, contents, access, delete=settings.registry.delete).routes())
-    app.router.add_routes(Health(database, store, metrics).routes())
+    app.router.add_routes(Health(database, store, metrics, fresh).routes())
 
     async def life(_: web.Application) -> AsyncIterator[None]:
         await sweeper.start(first=process.is_first, recover=process.recover)
@@ -101,6 +103,7 @@ def build(settings: Settings, *, process: Process | None = None, store: Store | 
         with contextlib.suppress(asyncio.CancelledError):
             await ticking
         await sweeper.stop()
+        await fresh.close()
         await sender.close()
         await receiver.close()
         await database.close()

@@ -51,6 +51,20 @@ class Contents:
         self._cache.put(key, found, epoch)
         return found
 
+    async def add_blob(self, name: RepositoryName, digest: Digest, stored: StoredBlob) -> bool:
+        """Add a blob; False where one with the same bytes was there before. [registry.metadata.blobs.add]"""
+        epoch = self._cache.epoch()
+        is_ours = await self._database.write(blobs.add, name, digest, stored)
+        return self._learn(name, digest, stored, epoch, is_ours)
+
+    async def finish_upload(
+        self, session_id: str, writer: str, name: RepositoryName, digest: Digest, stored: StoredBlob
+    ) -> bool:
+        """End an upload and add its blob, likewise; raises `BlobUploadUnknown`."""
+        epoch = self._cache.epoch()
+        is_ours = await self._database.write(blobs.finish_upload, session_id, writer, name, digest, stored)
+        return self._learn(name, digest, stored, epoch, is_ours)
+
     async def manifest(self, name: RepositoryName, reference: Reference) -> StoredManifest:
         """Return a manifest of a repository, or raise `ManifestUnknown`."""
         key = (name, reference)
@@ -89,6 +103,11 @@ class Contents:
         """Let go of the watch on the database."""
         if self._version:
             self._version.close()
+
+    def _learn(self, name: RepositoryName, digest: Digest, stored: StoredBlob, epoch: int, is_ours: bool) -> bool:
+        if is_ours:
+            self._cache.put(("blob", name, digest), stored, epoch)
+        return is_ours
 
     @asynccontextmanager
     async def _change(self) -> AsyncIterator[None]:

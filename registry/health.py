@@ -10,6 +10,7 @@ from aiohttp import web
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
 from registry.errors import MetadataError
+from registry.fresh import FreshSessions
 from registry.metadata import sessions
 from registry.metadata.engine import Database
 from registry.metrics import Metrics
@@ -23,11 +24,12 @@ _PATIENCE: Final = 5.0
 class Health:
     """Says whether the registry lives, works, and how much."""
 
-    def __init__(self, database: Database, store: Store, metrics: Metrics) -> None:
-        """Ask `database` and `store`; tell `metrics`."""
+    def __init__(self, database: Database, store: Store, metrics: Metrics, fresh: FreshSessions) -> None:
+        """Ask `database` and `store`; tell `metrics`, with the sessions that are too `fresh` for a row."""
         self._database = database
         self._store = store
         self._metrics = metrics
+        self._fresh = fresh
         self._asked: dict[str, asyncio.Task[None]] = {}
 
     def routes(self) -> list[web.RouteDef]:
@@ -54,7 +56,7 @@ class Health:
     async def metrics(self, request: web.Request) -> web.StreamResponse:  # noqa: ARG002
         """Numbers in Prometheus' text format."""
         open_sessions = await self._database.read(sessions.count)
-        body = await asyncio.to_thread(self._metrics.render, open_sessions)
+        body = await asyncio.to_thread(self._metrics.render, open_sessions + len(self._fresh))
         return web.Response(body=body, headers={"Content-Type": CONTENT_TYPE_LATEST})
 
     async def _ask(self, name: str, probe: Callable[[], Coroutine[Any, Any, None]]) -> str:

@@ -157,6 +157,17 @@ def is_waiting(request: web.Request) -> bool:
     return request.headers.get(hdrs.EXPECT, "").lower() == "100-continue" and INVITED not in request
 
 
+def whole_body(request: web.Request) -> bytes | None:
+    """Return the body if all of it is here, which is so for small ones only; None if it must be received.
+
+    Nothing was invited then, and nothing can go wrong with it any more.
+    """
+    content = request.content
+    if not content.is_eof() or content.exception() is not None or is_waiting(request):
+        return None
+    return content.read_nowait()
+
+
 async def read_limited(request: web.Request, receiver: Receiver, limit: int) -> bytes | None:
     """Return a whole body of at most `limit` bytes, or None for a longer one."""
     if (request.content_length or 0) > limit:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Final
@@ -23,14 +23,16 @@ from aiohttp import hdrs, web
 from registry import locations
 from registry.access import Access, Right
 from registry.calls import Call
+from registry.contents import Contents
 from registry.errors import BlobUploadUnknown, ChunkOutOfOrder, DigestInvalid, SizeInvalid
+from registry.fresh import FreshSessions
 from registry.metadata import blobs, sessions
 from registry.metadata.blobs import StoredBlob
 from registry.metadata.engine import Database
 from registry.metadata.sessions import Session
 from registry.ranges import parse_chunk
 from registry.responses import BYTES_IN
-from registry.transfer import Appender, Receiver
+from registry.transfer import Appender, Receiver, whole_body
 from storage.base import Store, Upload
 from storage.digest import CANONICAL, Digest, check_algorithm
 from storage.errors import DigestMismatch, InvalidName, UploadLost
@@ -43,20 +45,38 @@ _CHECKPOINT_SECONDS: Final = 20.0
 
 @dataclass(frozen=True, slots=True)
 class _Claim:
-    """A session that this request alone writes to, and its bytes."""
+    """A session that this request alone writes to, and its bytes.
+
+    Attributes:
+        session: as it stood when it was claimed.
+        writer: the name of this request in the session's row.
+        upload: the bytes.
+        is_stored: the bytes that it shall end as were in the store already; False where that was not asked.
+    """
 
     session: Session
     writer: str
     upload: Upload
+    is_stored: bool
 
 
 class Uploads:
     """Blobs on their way in."""
 
-    def __init__(self, store: Store, database: Database, receiver: Receiver, access: Access) -> None:
+    def __init__(
+        self,
+        store: Store,
+        database: Database,
+        contents: Contents,
+        fresh: FreshSessions,
+        receiver: Receiver,
+        access: Access,
+    ) -> None:
         """Take bytes by `receiver` into `store`; `access` is asked about the source of a mount."""
         self._store = store
         self._database = database
+        self._contents = contents
+        self._fresh = fresh
         self._receiver = receiver
         self._access = access
 
@@ -69,22 +89,28 @@ class Uploads:
         digest = Digest.parse(wanted) if wanted is not None else None
         algorithm = check_algorithm(call.parameter("digest-algorithm") or (digest and digest.algorithm) or CANONICAL)
         session_id = str(uuid.uuid4())
-        start = self._store.begin(session_id, algorithm)
-        await self._database.note(sessions.create, session_id, call.repository, start)
+        await self._fresh.add(session_id, call.repository, self._store.begin(session_id, algorithm))
         if digest is not None:
             return await self._finish(call, session_id, digest)
         return _accepted(call, session_id, 0)
 
     async def status(self, call: Call) -> web.StreamResponse:
         """GET: how far the upload is. [end-13]"""
-        session = await self._database.read(sessions.find, call.argument, call.repository)
-        return _accepted(call, session.id, session.checkpoint.offset, status=204)
+        offset = self._fresh.offset(call.argument, call.repository)
+        if offset is None:
+            session = await self._database.read(sessions.find, call.argument, call.repository)
+            offset = session.checkpoint.offset
+        return _accepted(call, call.argument, offset, status=204)
 
     async def append(self, call: Call) -> web.StreamResponse:
         """PATCH: more bytes, in a chunk or a stream. [end-5]"""
-        async with self._receiver.slot(), self._claimed(call, call.argument) as claim:
-            await self._receive(call, claim)
-            await self._let_go(claim)
+        async with self._receiver.slot():
+            whole = whole_body(call.request)
+            if whole and self._keep(call, whole):
+                return _accepted(call, call.argument, len(whole))
+            async with self._claimed(call, call.argument) as claim:
+                await self._receive(call, claim, whole, last=True)
+                await self._let_go(claim)
         return _accepted(call, claim.session.id, claim.upload.offset)
 
     async def finish(self, call: Call) -> web.StreamResponse:
@@ -96,15 +122,53 @@ class Uploads:
 
     async def cancel(self, call: Call) -> web.StreamResponse:
         """DELETE: forget the upload. [end-14]"""
-        key = await self._database.note(sessions.remove, call.argument, call.repository)
-        await self._store.delete(key)
+        if not self._fresh.cancel(call.argument, call.repository):
+            await self._fresh.settle(call.argument)
+            key = await self._database.note(sessions.remove, call.argument, call.repository)
+            await self._store.delete(key)
         return web.Response(status=204)
 
     async def _finish(self, call: Call, session_id: str, digest: Digest) -> web.StreamResponse:
-        async with self._receiver.slot(), self._claimed(call, session_id) as claim:
-            await self._receive(call, claim)
-            await self._publish(call.repository, claim, digest)
+        async with self._receiver.slot():
+            whole = whole_body(call.request)
+            if whole is None or not await self._finish_at_once(call, session_id, digest, whole):
+                async with self._claimed(call, session_id, digest) as claim:
+                    await self._receive(call, claim, whole, last=False)
+                    await self._publish(call.repository, claim, digest)
         return _created(call, digest)
+
+    def _keep(self, call: Call, content: bytes) -> bool:
+        """Keep small first bytes of a fresh session; anything else goes the long way."""
+        is_kept = hdrs.CONTENT_RANGE not in call.request.headers and self._fresh.keep(
+            call.argument, call.repository, content
+        )
+        if is_kept:
+            call.request[BYTES_IN] = len(content)
+        return is_kept
+
+    async def _finish_at_once(self, call: Call, session_id: str, digest: Digest, last: bytes) -> bool:
+        """Make a blob of a fresh session; False where it is not one, or must go the long way."""
+        if hdrs.CONTENT_RANGE in call.request.headers:
+            return False
+        session = self._fresh.take(session_id, call.repository)
+        if session is None:
+            return False
+        call.request[BYTES_IN] = len(last)
+        upload = self._store.resume(session.start)
+        try:
+            key = await upload.commit(digest, [piece for piece in (session.content, last) if piece])
+            await self._add(key, self._contents.add_blob(call.repository, digest, StoredBlob(key, upload.offset)))
+        except DigestMismatch:
+            await upload.abort()
+            self._fresh.forget(session)
+            raise
+        except BaseException:
+            # What it was sent before is still here, and will be written again.
+            await upload.suspend()
+            self._fresh.give_back(session)
+            raise
+        self._fresh.forget(session)
+        return True
 
     async def _mount(self, call: Call, digest: Digest) -> bool:
         """Take the blob over from `from`, or from any repository that the client may pull from."""
@@ -123,33 +187,32 @@ class Uploads:
             return []
 
     @asynccontextmanager
-    async def _claimed(self, call: Call, session_id: str) -> AsyncIterator[_Claim]:
-        """Hold the session; if the request fails, let go of it with what was received."""
-        writer = str(uuid.uuid4())
-        session = await self._database.note(sessions.claim, session_id, call.repository, writer)
-        try:
-            upload = await self._store.resume(session.checkpoint)
-        except UploadLost as error:
-            await self._end(session)
-            raise BlobUploadUnknown(f"this upload cannot go on: {error}") from None
-        except BaseException:
-            await self._database.note(sessions.advance, session_id, writer, session.checkpoint, release=True)
-            raise
-        claim = _Claim(session, writer, upload)
+    async def _claimed(self, call: Call, session_id: str, digest: Digest | None = None) -> AsyncIterator[_Claim]:
+        """Hold the session, perhaps to end it as `digest`; whatever happens, what was received stays or ends."""
+        claim = await self._claim(call, session_id, digest)
         try:
             yield claim
         except DigestMismatch:
             # What arrived is not what was announced: no request can mend that.
-            await upload.abort()
-            await self._end(session)
+            await claim.upload.abort()
+            await self._end(claim.session)
             raise
+        except UploadLost as error:
+            await self._end(claim.session)
+            raise BlobUploadUnknown(f"this upload cannot go on: {error}") from None
         except BlobUploadUnknown:
-            await upload.suspend()
-            await self._drop(session.checkpoint.key)
+            await claim.upload.suspend()
+            await self._drop(claim.session.checkpoint.key)
             raise
         except BaseException:
             await self._let_go(claim)
             raise
+
+    async def _claim(self, call: Call, session_id: str, digest: Digest | None) -> _Claim:
+        await self._fresh.settle(session_id)
+        writer = str(uuid.uuid4())
+        session, is_stored = await self._database.note(sessions.claim, session_id, call.repository, writer, digest)
+        return _Claim(session, writer, self._store.resume(session.checkpoint), is_stored)
 
     async def _end(self, session: Session) -> None:
         with suppress(BlobUploadUnknown):
@@ -161,9 +224,22 @@ class Uploads:
         await claim.upload.suspend()
         await self._database.note(sessions.advance, claim.session.id, claim.writer, checkpoint, release=True)
 
-    async def _receive(self, call: Call, claim: _Claim) -> None:
-        """Append the body; what came of it is kept even if it ends early."""
+    async def _receive(self, call: Call, claim: _Claim, whole: bytes | None, *, last: bool) -> None:
+        """Append the body, which is `whole` or must come yet; what came of it is kept even if it ends early.
+
+        `last` says that this request has nothing more to do with the upload.
+        """
         expected = _check_chunk(call, claim)
+        if whole is None:
+            received = await self._receive_stream(call, claim)
+        else:
+            received = call.request[BYTES_IN] = len(whole)
+            if whole:
+                await claim.upload.write([whole], last=last)
+        if expected is not None and received != expected:
+            raise SizeInvalid(f"Content-Range announced {expected} bytes, {received} came")
+
+    async def _receive_stream(self, call: Call, claim: _Claim) -> int:
         appender = Appender(claim.upload)
         received, noted, noted_at = 0, 0, time.monotonic()
         try:
@@ -178,29 +254,27 @@ class Uploads:
         finally:
             call.request[BYTES_IN] = received
             await appender.flush()
-        if expected is not None and received != expected:
-            raise SizeInvalid(f"Content-Range announced {expected} bytes, {received} came")
+        return received
 
     async def _note(self, claim: _Claim) -> None:
-        await self._database.note(
-            sessions.advance, claim.session.id, claim.writer, claim.upload.checkpoint(), release=False
-        )
+        checkpoint = claim.upload.checkpoint()
+        await self._database.note(sessions.advance, claim.session.id, claim.writer, checkpoint, release=False)
 
     async def _publish(self, name: RepositoryName, claim: _Claim, digest: Digest) -> None:
         await claim.upload.verify(digest)
         session_id, writer = claim.session.id, claim.writer
-        if await self._database.read(blobs.exists_anywhere, digest) and await self._database.write(
-            blobs.finish_with_existing, session_id, writer, name, digest
-        ):
+        if claim.is_stored and await self._database.write(blobs.finish_with_existing, session_id, writer, name, digest):
             await claim.upload.abort()
             return
-        size = claim.upload.offset
         key = await claim.upload.commit(digest)
+        stored = StoredBlob(key, claim.upload.offset)
+        await self._add(key, self._contents.finish_upload(session_id, writer, name, digest, stored))
+
+    async def _add(self, key: str, adding: Awaitable[bool]) -> None:
+        """Wait for the row of published bytes; if it is not to be, they are dropped."""
         is_ours = False
         try:
-            is_ours = await self._database.write(
-                blobs.finish_upload, session_id, writer, name, digest, StoredBlob(key, size)
-            )
+            is_ours = await adding
         finally:
             if not is_ours:
                 await self._drop(key)
@@ -218,7 +292,7 @@ def _check_chunk(call: Call, claim: _Claim) -> int | None:
     if header is None:
         return None
     start, stop = parse_chunk(header, call.request.content_length)
-    offset = claim.upload.offset
+    offset = claim.session.checkpoint.offset
     if start != offset:
         raise ChunkOutOfOrder(
             f"the chunk begins at {start}, the upload stands at {offset}",

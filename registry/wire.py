@@ -34,6 +34,7 @@ _UPLOAD: Final = re.compile(rb"(?:PATCH|PUT|POST) [^ \r\n]*/blobs/uploads/[^ \r\
 _CHUNKED: Final = re.compile(rb"\r\ntransfer-encoding:[ \t]*chunked[ \t]*\r\n", re.IGNORECASE)
 _LENGTH: Final = re.compile(rb"\r\n(?:content-length|content-encoding|upgrade)[ \t]*:", re.IGNORECASE)
 _HEAD_LIMIT: Final = 16 << 10
+_LAST_CHUNK: Final = b"\r\n0\r\n\r\n"
 #: A line that gives a chunk's size; extensions are allowed and mean nothing.
 _SIZE_LINE: Final = re.compile(rb"([0-9a-fA-F]{1,15})[ \t]*(?:;[^\r\n]*)?")
 _LINE_LIMIT: Final = 1024
@@ -90,7 +91,8 @@ class Connection(asyncio.Protocol):
             self._to_skip -= skipped
             data = data[skipped:]
         end = _end_of_upload_head(data)
-        if end and self._transport is not None:
+        # A body that came with its head is small, and nothing is gained by another way.
+        if end and not data.endswith(_LAST_CHUNK) and self._transport is not None:
             self._held = data[end:]
             self._transport.pause_reading()
             data = data[:end]

@@ -1,19 +1,18 @@
 """The contract of a store, and the life of a blob in it.
 
-    begin ──► write … write ──► verify ──► commit ──► open … open ──► delete
-                │      ▲                   (synced, under its final key; the caller makes it visible by a row)
-             suspend   │
-                └──► resume  (in another request, another process, after a crash)
-                │
-                └──► abort
+    begin ──► resume ──► write … write ──► verify ──► commit ──► open … open ──► delete
+                ▲          │                (synced, under its final key; the caller makes it visible by a row)
+                └─────── suspend  (goes on in another request, another process, after a crash)
+                           │
+                           └──► abort
 
 A store keeps bytes under keys. It knows no repositories and no rows, and nothing in it is visible until the
 caller has recorded the key that `commit` returned. Every upload has a key of its own, chosen when it begins, and
 no key is ever used twice: so two uploads of the same layer cannot harm each other, and deleting the bytes of one
 can never hit another. Bytes before row when writing, row before bytes when deleting.
 
-An upload belongs to one writer at a time: a second `resume` raises `UploadBusy`. Callers hold a claim of their
-own; this is the fence behind it.
+An upload belongs to one writer at a time, from its first step to `suspend`, `commit` or `abort`. Callers hold a claim
+of their own; this is the fence behind it.
 """
 
 from __future__ import annotations
@@ -53,14 +52,21 @@ class StoredObject:
 
 
 class Upload(Protocol):
-    """Bytes on their way in."""
+    """Bytes on their way in.
+
+    Nothing is touched before the first step that needs it. That step, whichever it is, may raise also:
+        UploadBusy: another writer has it.
+        UploadLost: fewer bytes are there than the checkpoint counts.
+    """
 
     @property
     def offset(self) -> int:
         """Bytes received so far."""
 
-    async def write(self, pieces: Sequence[bytes | memoryview]) -> None:
+    async def write(self, pieces: Sequence[bytes | memoryview], *, last: bool = False) -> None:
         """Append and hash `pieces`: all of them, or none is counted.
+
+        With `last` the upload is let go of in the same step, as by `suspend`.
 
         Raises:
             OutOfSpace: no room; the upload stands where it stood and can go on.
@@ -72,8 +78,8 @@ class Upload(Protocol):
     async def verify(self, digest: Digest) -> None:
         """Raise `DigestMismatch` unless these are the bytes of `digest`, in whichever algorithm."""
 
-    async def commit(self, digest: Digest) -> str:
-        """Verify, make durable, and return the final key. The upload is over.
+    async def commit(self, digest: Digest, last: Sequence[bytes | memoryview] = ()) -> str:
+        """Append `last`, verify, make durable, and return the final key. The upload is over.
 
         Raises:
             DigestMismatch: these are not the bytes of `digest`.
@@ -108,13 +114,8 @@ class Store(Protocol):
     def begin(self, name: str, algorithm: str) -> Checkpoint:
         """Return the start of an upload called `name` (unique for ever). Touches nothing yet."""
 
-    async def resume(self, checkpoint: Checkpoint) -> Upload:
-        """Go on with an upload; bytes after the checkpoint are dropped.
-
-        Raises:
-            UploadBusy: another writer has it.
-            UploadLost: fewer bytes are there than the checkpoint counts.
-        """
+    def resume(self, checkpoint: Checkpoint) -> Upload:
+        """Go on with an upload; bytes after the checkpoint are dropped. Touches nothing yet."""
 
     def open(self, key: str) -> Content:
         """Return the content under `key`. Looks only when it is read."""

@@ -29,7 +29,7 @@ from storage.errors import ContentMissing, DigestMismatch, OutOfSpace, StorageEr
 from storage.threads import Threads
 
 _READ_SIZE: Final = 1 << 20
-#: writev takes at most this many pieces. [POSIX: IOV_MAX]
+#: pwritev takes at most this many pieces. [POSIX: IOV_MAX]
 _PIECES_LIMIT: Final = 1024
 #: How far the data may run ahead of the disk before the kernel is asked to start writing it.
 _WRITEBACK_SIZE: Final = 16 << 20
@@ -60,9 +60,8 @@ class FilesystemStore:
     def begin(self, name: str, algorithm: str) -> Checkpoint:
         return Checkpoint(f"uploads/{name}", algorithm)
 
-    async def resume(self, checkpoint: Checkpoint) -> _FileUpload:
-        with _disk_errors():
-            return await self._threads.run(_FileUpload, self, checkpoint)
+    def resume(self, checkpoint: Checkpoint) -> _FileUpload:
+        return _FileUpload(self, checkpoint)
 
     def open(self, key: str) -> _FileContent:
         return _FileContent(self._path(key))
@@ -135,85 +134,86 @@ class FilesystemStore:
 
 
 class _FileUpload:
-    """An upload as an open, locked file."""
+    """An upload as a locked file, open from the first step that needs it."""
 
     def __init__(self, store: FilesystemStore, checkpoint: Checkpoint) -> None:
-        """Open, lock and bring back the state; blocks on the disk."""
         self._store = store
         self._path = store._path(checkpoint.key)
-        self._key = checkpoint.key
-        self._algorithm = checkpoint.algorithm
+        self._start = checkpoint
         self._offset = checkpoint.offset
         self._written_back = checkpoint.offset
+        self._hasher = _restore(checkpoint)
         self._verified: Digest | None = None
-        create = os.O_CREAT if checkpoint.offset == 0 else 0
-        try:
-            self._descriptor = os.open(self._path, os.O_RDWR | os.O_CLOEXEC | create, 0o640)
-        except FileNotFoundError:
-            raise UploadLost("the bytes of this upload are gone") from None
-        try:
-            self._lock()
-            self._hasher = self._restore(checkpoint)
-        except BaseException:
-            self._close()
-            raise
+        self._descriptor = -1
 
     @property
     def offset(self) -> int:
         return self._offset
 
-    async def write(self, pieces: Sequence[bytes | memoryview]) -> None:
+    async def write(self, pieces: Sequence[bytes | memoryview], *, last: bool = False) -> None:
         with _disk_errors():
-            await self._store._threads.run(self._append, pieces)
+            await self._store._threads.run(self._write, pieces, last)
 
     def checkpoint(self) -> Checkpoint:
+        if self._hasher is None:
+            return self._start
         state = self._hasher.save()
-        return Checkpoint(self._key, self._algorithm, self._offset, _boot_id() + state if state else b"")
+        return Checkpoint(self._start.key, self._start.algorithm, self._offset, _boot_id() + state if state else b"")
 
     async def verify(self, digest: Digest) -> None:
-        if digest.algorithm == self._algorithm:
+        if self._hasher is not None and digest.algorithm == self._start.algorithm:
             self._verify(digest)
         elif self._verified != digest:
             with _disk_errors():
                 await self._store._threads.run(self._verify, digest)
 
-    async def commit(self, digest: Digest) -> str:
+    async def commit(self, digest: Digest, last: Sequence[bytes | memoryview] = ()) -> str:
         with _disk_errors():
-            return await self._store._threads.run(self._commit, digest)
+            return await self._store._threads.run(self._commit, digest, last)
 
     async def suspend(self) -> None:
-        await self._store._threads.run(self._close)
+        if self._descriptor >= 0:
+            await self._store._threads.run(self._close)
 
     async def abort(self) -> None:
         await self._store._threads.run(self._drop)
 
-    def _lock(self) -> None:
+    def _open(self, *, may_create: bool = True) -> None:
+        """Open and lock the file, and bring it to where the upload stands."""
+        if self._descriptor >= 0:
+            return
+        create = os.O_CREAT if may_create and self._offset == 0 else 0
+        try:
+            self._descriptor = os.open(self._path, os.O_RDWR | os.O_CLOEXEC | create, 0o640)
+        except FileNotFoundError:
+            raise UploadLost("the bytes of this upload are gone") from None
+        try:
+            size = self._lock()
+            if size < self._offset:
+                raise UploadLost(f"{self._offset} bytes were received, {size} are left")
+            if size > self._offset:
+                os.ftruncate(self._descriptor, self._offset)
+            if self._hasher is None:
+                self._hasher = self._hash_again(self._start.algorithm)
+        except BaseException:
+            self._close()
+            raise
+
+    def _lock(self) -> int:
+        """Keep everybody else away, and return the size of the file."""
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UploadBusy("another request is writing to this upload") from None
         # Between open and lock the former holder may have renamed the file: it is a published blob now.
+        opened = os.fstat(self._descriptor)
         try:
             named = self._path.stat()
         except FileNotFoundError:
             raise UploadLost("this upload was just finished or cancelled") from None
-        if not os.path.samestat(named, os.fstat(self._descriptor)):
+        if not os.path.samestat(named, opened):
             raise UploadLost("this upload was just finished or cancelled")
-
-    def _restore(self, checkpoint: Checkpoint) -> Hasher:
-        size = os.fstat(self._descriptor).st_size
-        if size < checkpoint.offset:
-            raise UploadLost(f"{checkpoint.offset} bytes were received, {size} are left")
-        if size > checkpoint.offset:
-            os.ftruncate(self._descriptor, checkpoint.offset)
-        os.lseek(self._descriptor, checkpoint.offset, os.SEEK_SET)
-        if checkpoint.offset == 0:
-            return hasher(checkpoint.algorithm)
-        # A saved state vouches for bytes that may not have been synced. It is good as long as the kernel that
-        # took the bytes still runs; after a power cut only what can be read back counts.
-        boot, state = checkpoint.state[:_BOOT_ID_SIZE], checkpoint.state[_BOOT_ID_SIZE:]
-        restored = restore(checkpoint.algorithm, state) if boot == _boot_id() else None
-        return restored or self._hash_again(checkpoint.algorithm)
+        return opened.st_size
 
     def _hash_again(self, algorithm: str) -> Hasher:
         result = hasher(algorithm)
@@ -226,24 +226,34 @@ class _FileUpload:
             position += len(piece)
         return result
 
+    def _write(self, pieces: Sequence[bytes | memoryview], last: bool) -> None:
+        self._open()
+        self._append(pieces)
+        if last:
+            self._close()
+
     def _append(self, pieces: Sequence[bytes | memoryview]) -> None:
         """Write, then hash, then count: what fails in between was never there."""
+        assert self._hasher is not None
+        end = self._offset
         try:
             for batch in _batches(pieces):
-                _write_all(self._descriptor, batch)
+                end = _write_all(self._descriptor, batch, end)
         except BaseException:
-            os.lseek(self._descriptor, self._offset, os.SEEK_SET)
             os.ftruncate(self._descriptor, self._offset)
             raise
         self._verified = None
         for piece in pieces:
             self._hasher.update(piece)
-            self._offset += len(piece)
+        self._offset = end
         if self._store._sync and self._offset - self._written_back >= _WRITEBACK_SIZE:
             _start_writeback(self._descriptor, self._written_back, self._offset - self._written_back)
             self._written_back = self._offset
 
-    def _commit(self, digest: Digest) -> str:
+    def _commit(self, digest: Digest, last: Sequence[bytes | memoryview]) -> str:
+        self._open()
+        if last:
+            self._append(last)
         if self._verified != digest:
             self._verify(digest)
         self._sync()
@@ -253,8 +263,11 @@ class _FileUpload:
         return key
 
     def _verify(self, digest: Digest) -> None:
-        same = digest.algorithm == self._algorithm
-        actual = (self._hasher if same else self._hash_again(digest.algorithm)).digest()
+        if self._hasher is not None and digest.algorithm == self._start.algorithm:
+            actual = self._hasher.digest()
+        else:
+            self._open()
+            actual = self._hash_again(digest.algorithm).digest()
         if actual != digest:
             raise DigestMismatch(digest, actual)
         self._verified = digest
@@ -274,9 +287,11 @@ class _FileUpload:
             raise
 
     def _drop(self) -> None:
-        if self._descriptor >= 0:
+        # Only what is locked is ours to delete; where nothing is, nothing is to be done.
+        with contextlib.suppress(UploadLost):
+            self._open(may_create=False)
             self._path.unlink(missing_ok=True)
-            self._close()
+        self._close()
 
     def _close(self) -> None:
         descriptor, self._descriptor = self._descriptor, -1
@@ -302,20 +317,34 @@ class _FileContent:
             raise ContentMissing(f"no file {self.path.name}") from None
 
 
+def _restore(checkpoint: Checkpoint) -> Hasher | None:
+    """Return a hasher that goes on from a checkpoint, None where the bytes must be read again.
+
+    A saved state vouches for bytes that may not have been synced. It is good as long as the kernel that took the
+    bytes still runs; after a power cut only what can be read back counts.
+    """
+    if checkpoint.offset == 0:
+        return hasher(checkpoint.algorithm)
+    boot, state = checkpoint.state[:_BOOT_ID_SIZE], checkpoint.state[_BOOT_ID_SIZE:]
+    return restore(checkpoint.algorithm, state) if boot == _boot_id() else None
+
+
 def _batches(pieces: Sequence[bytes | memoryview]) -> Iterator[Sequence[bytes | memoryview]]:
     for start in range(0, len(pieces), _PIECES_LIMIT):
         yield pieces[start : start + _PIECES_LIMIT]
 
 
-def _write_all(descriptor: int, pieces: Sequence[bytes | memoryview]) -> None:
-    """Write every byte; writev may stop in the middle of a piece."""
+def _write_all(descriptor: int, pieces: Sequence[bytes | memoryview], position: int) -> int:
+    """Write every byte, and return where they end; a write may stop in the middle of a piece."""
     rest: list[bytes | memoryview] = list(pieces)
     while rest:
-        written = os.writev(descriptor, rest)
+        written = os.pwritev(descriptor, rest, position)
+        position += written
         while rest and written >= len(rest[0]):
             written -= len(rest.pop(0))
         if rest and written:
             rest[0] = memoryview(rest[0])[written:]
+    return position
 
 
 def _sync_directory(directory: Path) -> None:

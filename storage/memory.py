@@ -24,14 +24,7 @@ class MemoryStore:
     def begin(self, name: str, algorithm: str) -> Checkpoint:
         return Checkpoint(f"uploads/{name}", algorithm)
 
-    async def resume(self, checkpoint: Checkpoint) -> _MemoryUpload:
-        if checkpoint.key in self._held:
-            raise UploadBusy("another request is writing to this upload")
-        present = self._bytes.get(checkpoint.key, None if checkpoint.offset else b"")
-        if present is None or len(present) < checkpoint.offset:
-            raise UploadLost("the bytes of this upload are gone")
-        self._put(checkpoint.key, present[: checkpoint.offset])
-        self._held.add(checkpoint.key)
+    def resume(self, checkpoint: Checkpoint) -> _MemoryUpload:
         return _MemoryUpload(self, checkpoint)
 
     def open(self, key: str) -> _MemoryContent:
@@ -63,27 +56,29 @@ class _MemoryUpload:
     def __init__(self, store: MemoryStore, checkpoint: Checkpoint) -> None:
         self._store = store
         self._start = checkpoint
-
-    @property
-    def _content(self) -> bytes:
-        return self._store._bytes.get(self._start.key, b"")
+        self._is_open = False
 
     @property
     def offset(self) -> int:
-        return len(self._content)
+        return len(self._content) if self._is_open else self._start.offset
 
-    async def write(self, pieces: Sequence[bytes | memoryview]) -> None:
+    async def write(self, pieces: Sequence[bytes | memoryview], *, last: bool = False) -> None:
+        self._open()
         self._store._put(self._start.key, self._content + b"".join(pieces))
+        if last:
+            await self.suspend()
 
     def checkpoint(self) -> Checkpoint:
         return Checkpoint(self._start.key, self._start.algorithm, self.offset)
 
     async def verify(self, digest: Digest) -> None:
+        self._open()
         actual = Digest.of(self._content, digest.algorithm)
         if actual != digest:
             raise DigestMismatch(digest, actual)
 
-    async def commit(self, digest: Digest) -> str:
+    async def commit(self, digest: Digest, last: Sequence[bytes | memoryview] = ()) -> str:
+        await self.write(last)
         await self.verify(digest)
         content = self._content
         await self.abort()
@@ -92,11 +87,35 @@ class _MemoryUpload:
         return key
 
     async def suspend(self) -> None:
-        self._store._held.discard(self._start.key)
+        if self._is_open:
+            self._start = self.checkpoint()
+            self._is_open = False
+            self._store._held.discard(self._start.key)
 
     async def abort(self) -> None:
-        self._store._held.discard(self._start.key)
+        if self._start.key not in self._store._bytes:
+            return
+        if not self._is_open and self._start.key in self._store._held:
+            raise UploadBusy("another request is writing to this upload")
+        await self.suspend()
         self._store._bytes.pop(self._start.key, None)
+
+    @property
+    def _content(self) -> bytes:
+        return self._store._bytes.get(self._start.key, b"")
+
+    def _open(self) -> None:
+        if self._is_open:
+            return
+        key, offset = self._start.key, self._start.offset
+        if key in self._store._held:
+            raise UploadBusy("another request is writing to this upload")
+        present = self._store._bytes.get(key, None if offset else b"")
+        if present is None or len(present) < offset:
+            raise UploadLost("the bytes of this upload are gone")
+        self._store._put(key, present[:offset])
+        self._store._held.add(key)
+        self._is_open = True
 
 
 class _MemoryContent:

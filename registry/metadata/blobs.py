@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
-from sqlalchemy import Connection, bindparam, delete, insert, select, update
+from sqlalchemy import Connection, and_, bindparam, delete, insert, select, update
 
 from registry.errors import BlobUnknown, BlobUploadUnknown
-from registry.metadata import repositories, sessions
+from registry.metadata import repositories
 from registry.metadata.prepared import Prepared
-from registry.metadata.sessions import Session
 from registry.metadata.tables import blob, manifest_reference, now, repository, repository_blob, upload_session
 from storage.digest import Digest
 from storage.names import RepositoryName
@@ -22,6 +21,14 @@ class StoredBlob:
 
     key: str
     size: int
+
+
+class _Known(NamedTuple):
+    """What there is before a blob is added."""
+
+    blob_id: int | None
+    repository_id: int | None
+    is_awaited: int
 
 
 _find: Final = Prepared(
@@ -53,11 +60,18 @@ _link: Final = Prepared(
         repository_id=bindparam("repository_id"), blob_id=bindparam("blob_id"), created_at=bindparam("at")
     )
 )
-_fill_references: Final = Prepared(
-    update(manifest_reference)
-    .where(manifest_reference.c.digest == bindparam("wanted"), manifest_reference.c.blob_id.is_(None))
-    .values(blob_id=bindparam("found"))
+_waiting: Final = and_(manifest_reference.c.digest == bindparam("digest"), manifest_reference.c.blob_id.is_(None))
+#: All that is to be known before a blob is added, in one statement.
+_known: Final = Prepared(
+    select(
+        select(blob.c.id).where(blob.c.digest == bindparam("digest")).scalar_subquery(),
+        select(repository.c.id)
+        .where(repository.c.name == bindparam("name"), repository.c.has_content)
+        .scalar_subquery(),
+        select(manifest_reference.c.position).where(_waiting).exists(),
+    )
 )
+_fill_references: Final = Prepared(update(manifest_reference).where(_waiting).values(blob_id=bindparam("found")))
 _delete_session: Final = Prepared(
     delete(upload_session).where(
         upload_session.c.id == bindparam("session_id"), upload_session.c.writer == bindparam("by")
@@ -106,13 +120,6 @@ def _link_existing(connection: Connection, name: RepositoryName, digest: Digest)
     return True
 
 
-def claim_to_finish(
-    connection: Connection, session_id: str, name: RepositoryName, writer: str, digest: Digest
-) -> tuple[Session, bool]:
-    """Claim a session, as `sessions.claim` does, and say whether the bytes it shall end as are in the store."""
-    return sessions.claim(connection, session_id, name, writer), exists_anywhere(connection, digest)
-
-
 def finish_with_existing(
     connection: Connection, session_id: str, writer: str, name: RepositoryName, digest: Digest
 ) -> bool:
@@ -131,22 +138,31 @@ def finish_upload(
     digest: Digest,
     stored: StoredBlob,
 ) -> bool:
-    """End an upload whose bytes now lie under `stored.key`.
-
-    Returns:
-        False where another upload of the same bytes was first: its copy serves, and ours is to be deleted.
+    """End an upload whose bytes now lie under `stored.key`, and `add` them.
 
     Raises:
         BlobUploadUnknown: the session was cancelled meanwhile; ours is to be deleted.
     """
     _end_session(connection, session_id, writer)
-    if _link_existing(connection, name, digest):
-        return False
+    return add(connection, name, digest, stored)
+
+
+def add(connection: Connection, name: RepositoryName, digest: Digest, stored: StoredBlob) -> bool:
+    """Make bytes that lie in the store a blob of a repository.
+
+    Returns:
+        False where another upload of the same bytes was first: its copy serves, and ours is to be deleted.
+    """
+    known = _Known(*_known.first(connection, name=name, digest=str(digest)))
+    if known.blob_id is not None:
+        return not _link_existing(connection, name, digest)
     at = now()
     blob_id = _insert.scalar(connection, digest=str(digest), size=stored.size, key=stored.key, at=at)
-    _link.change(connection, repository_id=repositories.ensure(connection, name), blob_id=blob_id, at=at)
-    # Sparse manifests may have waited for these bytes; from now on they keep them.
-    _fill_references.change(connection, wanted=str(digest), found=blob_id)
+    repository_id = known.repository_id or repositories.ensure(connection, name)
+    _link.change(connection, repository_id=repository_id, blob_id=blob_id, at=at)
+    if known.is_awaited:
+        # Sparse manifests waited for these bytes; from now on they keep them.
+        _fill_references.change(connection, digest=str(digest), found=blob_id)
     return True
 
 

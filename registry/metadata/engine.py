@@ -4,8 +4,9 @@
     await database.write(put_manifest, repository, manifest)
 
 SQLite has one writer. So writes stand in a queue before one thread, and what stands there together is committed
-together, each unit behind a savepoint of its own: sixteen uploads that finish at once cost one sync of the disk.
-A unit is answered only after the commit that holds it.
+together: sixteen uploads that finish at once cost one sync of the disk. Where a unit fails half-way, all are undone and
+each is run again by itself, so a unit must do nothing but ask and change the database. It is answered only after the
+commit that holds it.
 """
 
 from __future__ import annotations
@@ -44,6 +45,17 @@ _DAMAGED: Final = (DatabaseError, sqlite3.DatabaseError)
 class _Write:
     job: Job[Any]
     durable: bool
+
+
+#: What a unit returned, or what it raised.
+_Outcome = tuple[Any, Exception | None]
+
+
+class _MustBeUndone(Exception):
+    """A unit failed after it had changed something."""
+
+    def __init__(self, cause: Exception) -> None:
+        self.cause = cause
 
 
 class Database:
@@ -129,21 +141,31 @@ class Database:
         return batch
 
     def _write_batch(self, writes: list[_Write]) -> None:
-        outcomes: list[tuple[_Write, Any, BaseException | None]] = []
+        """Commit units together, or where one of them must be undone, each by itself."""
         try:
-            with _sql_errors():
-                connection = self._writing = self._writing or self._writer.connect()
-                self._set_synchronous(connection, "FULL" if any(write.durable for write in writes) else "NORMAL")
-                with connection.begin():
-                    outcomes = [_outcome(connection, write, alone=len(writes) == 1) for write in writes]
-        except BaseException as error:
-            outcomes = [(write, None, failure or error) for write, _, failure in outcomes]
-            outcomes += [(write, None, error) for write in writes[len(outcomes) :]]
-        for write, result, failure in outcomes:
-            if failure is None:
-                write.job.succeed(result)
+            outcomes = self._commit(writes)
+        except _MustBeUndone as error:
+            if len(writes) == 1:
+                writes[0].job.fail(error.cause)
             else:
-                write.job.fail(failure)
+                for write in writes:
+                    self._write_batch([write])
+        except BaseException as error:
+            for write in writes:
+                write.job.fail(error)
+        else:
+            for write, (result, failure) in zip(writes, outcomes, strict=True):
+                if failure is None:
+                    write.job.succeed(result)
+                else:
+                    write.job.fail(failure)
+
+    def _commit(self, writes: list[_Write]) -> list[_Outcome]:
+        with _sql_errors():
+            connection = self._writing = self._writing or self._writer.connect()
+            self._set_synchronous(connection, "FULL" if any(write.durable for write in writes) else "NORMAL")
+            with connection.begin():
+                return [_outcome(connection, write) for write in writes]
 
     def _set_synchronous(self, connection: Connection, level: str) -> None:
         """[SQLite: PRAGMA synchronous] FULL syncs the log at each commit, with all that stands before it."""
@@ -152,33 +174,18 @@ class Database:
             self._synchronous = level
 
 
-def _outcome(connection: Connection, write: _Write, *, alone: bool) -> tuple[_Write, Any, BaseException | None]:
-    """Run one unit of a batch. What it raises undoes it alone, unless the database itself failed."""
+def _outcome(connection: Connection, write: _Write) -> _Outcome:
+    """Run one unit of a batch. It may fail alone as long as it has changed nothing."""
+    changes = driver(connection).total_changes
     try:
-        if alone:
-            return write, write.job.work(connection), None
-        with _savepoint(connection):
-            return write, write.job.work(connection), None
+        return write.job.work(connection), None
     except (OperationalError, sqlite3.OperationalError):
+        # The database itself failed, for all of them.
         raise
     except Exception as error:
-        if alone:
-            raise
-        return write, None, error
-
-
-@contextlib.contextmanager
-def _savepoint(connection: Connection) -> Iterator[None]:
-    """Undo what the block did if it raises. By the driver: SQLAlchemy's own costs as much as a whole unit."""
-    execute = driver(connection).execute
-    execute("SAVEPOINT unit")
-    try:
-        yield
-    except BaseException:
-        execute("ROLLBACK TO unit")
-        raise
-    finally:
-        execute("RELEASE unit")
+        if driver(connection).total_changes != changes:
+            raise _MustBeUndone(error) from error
+        return None, error
 
 
 def sqlite_path(url: str) -> Path:

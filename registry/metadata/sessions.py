@@ -6,15 +6,17 @@ lets go of it with the new offset. A claim that nobody renewed for `LEASE` belon
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 from sqlalchemy import Connection, and_, bindparam, delete, func, insert, or_, select, update
 
 from registry.errors import BlobUploadUnknown, UploadConflict
 from registry.metadata.prepared import Prepared
-from registry.metadata.tables import now, upload_session
+from registry.metadata.tables import blob, now, upload_session
 from storage.base import Checkpoint
+from storage.digest import Digest
 from storage.names import RepositoryName
 
 #: Microseconds. Renewed at every checkpoint; longer than a client may keep silent.
@@ -45,13 +47,13 @@ _columns: Final = (
 _is_named: Final = and_(
     upload_session.c.id == bindparam("session_id"), upload_session.c.repository == bindparam("name")
 )
+_is_free: Final = or_(upload_session.c.writer.is_(None), upload_session.c.claimed_at < bindparam("expired"))
 _find: Final = Prepared(select(*_columns).where(_is_named))
 _claim: Final = Prepared(
     update(upload_session)
-    .where(_is_named)
-    .where(or_(upload_session.c.writer.is_(None), upload_session.c.claimed_at < bindparam("expired")))
+    .where(_is_named, _is_free)
     .values(writer=bindparam("by"), claimed_at=bindparam("at"))
-    .returning(*_columns)
+    .returning(*_columns, select(blob.c.id).where(blob.c.digest == bindparam("digest")).exists())
 )
 _advance: Final = Prepared(
     update(upload_session)
@@ -97,22 +99,36 @@ def find(connection: Connection, session_id: str, repository: RepositoryName) ->
     return _session(row)
 
 
-def claim(connection: Connection, session_id: str, repository: RepositoryName, writer: str) -> Session:
-    """Make `writer` the only one who may write, and return the session.
+def claim(
+    connection: Connection, session_id: str, repository: RepositoryName, writer: str, digest: Digest | None = None
+) -> tuple[Session, bool]:
+    """Make `writer` the only one who may write.
+
+    Returns:
+        The session, and whether the bytes of `digest`, which it shall end as, are in the store already.
 
     Raises:
         BlobUploadUnknown: there is no such session.
         UploadConflict: another writer holds it.
     """
     at = now()
-    row = _claim.first(connection, session_id=session_id, name=repository, by=writer, at=at, expired=at - LEASE)
+    row = _claim.first(
+        connection,
+        session_id=session_id,
+        name=repository,
+        by=writer,
+        at=at,
+        expired=at - LEASE,
+        digest=str(digest) if digest else "",
+    )
     if row is None:
         find(connection, session_id, repository)
         raise UploadConflict
-    return _session(row)
+    *columns, is_stored = row
+    return _session(columns), bool(is_stored)
 
 
-def _session(row: tuple[str, str, str, str, int, bytes]) -> Session:
+def _session(row: Sequence[Any]) -> Session:
     return Session(row[0], RepositoryName(row[1]), Checkpoint(*row[2:]))
 
 

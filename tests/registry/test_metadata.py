@@ -465,7 +465,7 @@ async def test_a_session_has_one_writer(database: Database) -> None:
     with pytest.raises(BlobUploadUnknown):
         await database.note(sessions.advance, "a", "second", checkpoint, release=True)
     await database.note(sessions.advance, "a", "first", checkpoint, release=True)
-    session = await database.note(sessions.claim, "a", NAME, "second")
+    session, _ = await database.note(sessions.claim, "a", NAME, "second")
     assert session.checkpoint == checkpoint
 
 

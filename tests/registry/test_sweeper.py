@@ -46,7 +46,7 @@ async def sweeper(store: FilesystemStore, database: Database) -> AsyncIterator[S
 
 
 async def put_bytes(store: FilesystemStore, name: str) -> Checkpoint:
-    upload = await store.resume(store.begin(name, "sha256"))
+    upload = store.resume(store.begin(name, "sha256"))
     await upload.write([name.encode()])
     await upload.suspend()
     return upload.checkpoint()
@@ -67,8 +67,8 @@ def set_times(connection: Connection, session_id: str, /, **values: int) -> None
 async def put_blob(store: FilesystemStore, database: Database, *, row: bool = True) -> str:
     name = secrets.token_hex(8)
     await database.note(sessions.create, name, NAME, store.begin(name, "sha256"))
-    session = await database.note(sessions.claim, name, NAME, "writer")
-    upload = await store.resume(session.checkpoint)
+    session, _ = await database.note(sessions.claim, name, NAME, "writer")
+    upload = store.resume(session.checkpoint)
     await upload.write([name.encode()])
     digest = Digest.of(name.encode())
     key = await upload.commit(digest)

@@ -106,9 +106,16 @@ def open_files(below: Path) -> list[str]:
     return [target for target in targets if target.startswith(str(below))]
 
 
+async def resumed(store: Store, checkpoint: Checkpoint) -> Upload:
+    """Go on with an upload, and take the first step, which tells whether that can be."""
+    upload = store.resume(checkpoint)
+    await upload.write([])
+    return upload
+
+
 async def begun(store: Store, content: bytes = b"", name: str = "one", algorithm: str = "sha256") -> Upload:
     """Begin an upload and write to it."""
-    upload = await store.resume(store.begin(name, algorithm))
+    upload = store.resume(store.begin(name, algorithm))
     await upload.write([content])
     return upload
 

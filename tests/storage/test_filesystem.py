@@ -21,7 +21,7 @@ from storage.errors import ContentMissing, OutOfSpace, StorageError, UploadBusy,
 from storage.filesystem import FilesystemStore
 from tests.conftest import needs_root
 from tests.services.processes import run
-from tests.storage.conftest import begun, fill_disk, keys, open_files, read, small_disk, stored, suspended
+from tests.storage.conftest import begun, fill_disk, keys, open_files, read, resumed, small_disk, stored, suspended
 
 CONTENT = bytes(range(256)) * 5000
 HALF = len(CONTENT) // 2 + 7
@@ -34,7 +34,7 @@ from pathlib import Path
 from storage.filesystem import FilesystemStore
 
 async def main(root, algorithm, end):
-    upload = await FilesystemStore(Path(root)).resume(FilesystemStore(Path(root)).begin("one", algorithm))
+    upload = FilesystemStore(Path(root)).resume(FilesystemStore(Path(root)).begin("one", algorithm))
     await upload.write([sys.stdin.buffer.read()])
     print(upload.offset, upload.checkpoint().state.hex(), flush=True)
     await upload.write([b"never noted" * 10000])
@@ -87,7 +87,7 @@ async def test_an_upload_goes_on_after_its_process_was_killed(
     checkpoint = crashed(store, CONTENT[:HALF], algorithm)
     assert checkpoint.offset == HALF
     assert (store.root / checkpoint.key).stat().st_size > HALF
-    upload = await store.resume(checkpoint if has_state else replace(checkpoint, state=b""))
+    upload = await resumed(store, checkpoint if has_state else replace(checkpoint, state=b""))
     assert (store.root / checkpoint.key).stat().st_size == HALF
     await upload.write([CONTENT[HALF:]])
     key = await upload.commit(Digest.of(CONTENT, algorithm))
@@ -97,7 +97,7 @@ async def test_an_upload_goes_on_after_its_process_was_killed(
 async def test_a_state_of_this_boot_spares_the_second_reading(store: FilesystemStore) -> None:
     checkpoint = crashed(store, CONTENT[:HALF], "sha256")
     (store.root / checkpoint.key).write_bytes(bytes(HALF))
-    upload = await store.resume(checkpoint)
+    upload = await resumed(store, checkpoint)
     await upload.verify(Digest.of(CONTENT[:HALF]))
     await upload.abort()
 
@@ -107,7 +107,7 @@ async def test_a_state_of_another_boot_is_not_believed(store: FilesystemStore) -
     # What a power cut leaves of bytes that were not synced: the length, and zeros.
     (store.root / checkpoint.key).write_bytes(bytes(HALF))
     other_boot = bytes(16) + checkpoint.state[16:]
-    upload = await store.resume(replace(checkpoint, state=other_boot))
+    upload = await resumed(store, replace(checkpoint, state=other_boot))
     await upload.verify(Digest.of(bytes(HALF)))
     await upload.abort()
 
@@ -122,7 +122,7 @@ async def test_bytes_lost_in_a_power_cut_end_the_upload(store: FilesystemStore) 
     checkpoint = await suspended(store, CONTENT)
     os.truncate(store.root / checkpoint.key, HALF)
     with pytest.raises(UploadLost):
-        await store.resume(checkpoint)
+        await resumed(store, checkpoint)
     assert (store.root / checkpoint.key).stat().st_size == HALF
 
 
@@ -130,19 +130,19 @@ async def test_a_writer_in_another_process_keeps_others_out_until_it_is_dead(sto
     with writer(store, CONTENT[:HALF], "sha256", "wait") as (pid, checkpoint):
         for _ in range(3):
             with pytest.raises(UploadBusy):
-                await store.resume(checkpoint)
+                await resumed(store, checkpoint)
         assert (store.root / checkpoint.key).stat().st_size > HALF
         os.kill(pid, signal.SIGKILL)
         await asyncio.to_thread(os.waitid, os.P_PID, pid, os.WEXITED | os.WNOWAIT)
-        upload = await store.resume(checkpoint)
+        upload = await resumed(store, checkpoint)
     await upload.abort()
 
 
 async def test_a_resume_that_comes_late_does_not_touch_what_was_published(store: FilesystemStore) -> None:
     checkpoint = await suspended(store, CONTENT)
-    key = await (await store.resume(checkpoint)).commit(Digest.of(CONTENT))
+    key = await (await resumed(store, checkpoint)).commit(Digest.of(CONTENT))
     with pytest.raises(UploadLost):
-        await FilesystemStore(store.root).resume(replace(checkpoint, offset=10))
+        await resumed(FilesystemStore(store.root), replace(checkpoint, offset=10))
     assert await keys(store) == {key}
     assert await read(store, key, 0, len(CONTENT)) == CONTENT
 
@@ -171,7 +171,7 @@ async def test_a_resume_that_opened_the_file_before_it_was_published_does_not_wr
 
         patch.setattr(fcntl, "flock", lock)
         with pytest.raises(UploadLost):
-            await store.resume(replace(checkpoint, offset=offset))
+            await resumed(store, replace(checkpoint, offset=offset))
     assert end == "abort" or target.read_bytes() == CONTENT
     target.unlink(missing_ok=True)
     await store.delete(checkpoint.key)
@@ -194,7 +194,7 @@ async def test_a_key_cannot_lead_out_of_the_store(store: FilesystemStore, key: s
     with pytest.raises(ValueError):
         await store.delete(key)
     with pytest.raises(ValueError):
-        await store.resume(Checkpoint(key, "sha256"))
+        await resumed(store, Checkpoint(key, "sha256"))
 
 
 @pytest.mark.parametrize("sync", [True, False])
@@ -254,7 +254,7 @@ async def test_a_commit_without_room_for_a_name_publishes_nothing_and_can_be_rep
             await upload.commit(Digest.of(CONTENT))
         assert await keys(store) == {"uploads/one"}
         with pytest.raises(OutOfSpace):
-            await store.resume(store.begin("two", "sha256"))
+            await resumed(store, store.begin("two", "sha256"))
         for filler in fillers:
             filler.unlink()
         key = await upload.commit(Digest.of(CONTENT))
@@ -295,7 +295,7 @@ async def test_a_disk_that_refuses_writing_is_an_error_of_the_store(tmp_path: Pa
         store = FilesystemStore(disk / "data")
         key = await stored(store, CONTENT)
         run("mount", "-o", "remount,ro", str(disk))
-        for attempt in (store.probe(), store.resume(store.begin("two", "sha256"))):
+        for attempt in (store.probe(), resumed(store, store.begin("two", "sha256"))):
             with pytest.raises(StorageError):
                 await attempt
         assert await read(store, key, 0, len(CONTENT)) == CONTENT

@@ -16,7 +16,7 @@ from storage.base import Store
 from storage.digest import Digest
 from storage.errors import ContentMissing, DigestMismatch, OutOfSpace, UploadBusy, UploadLost
 from tests.services.processes import wait_until
-from tests.storage.conftest import DRIVERS, Room, begun, keys, read, stored, suspended
+from tests.storage.conftest import DRIVERS, Room, begun, keys, read, resumed, stored, suspended
 
 CONTENT = bytes(range(256)) * 5000
 #: The clock that stamps files; `time` has no name for it. [clock_gettime(2)]
@@ -32,7 +32,7 @@ async def test_beginning_an_upload_touches_nothing(store: Store) -> None:
 
 @both_algorithms
 async def test_what_is_written_and_committed_is_read_back(store: Store, algorithm: str) -> None:
-    upload = await store.resume(store.begin("one", algorithm))
+    upload = await resumed(store, store.begin("one", algorithm))
     await upload.write([CONTENT[:10], b"", CONTENT[10:1000]])
     await upload.write([])
     await upload.write([CONTENT[1000:]])
@@ -44,7 +44,7 @@ async def test_what_is_written_and_committed_is_read_back(store: Store, algorith
 
 async def test_more_pieces_than_one_system_call_takes_are_written_in_order(store: Store) -> None:
     pieces = [bytes([number % 251]) * (number % 7) for number in range(3000)]
-    upload = await store.resume(store.begin("one", "sha256"))
+    upload = await resumed(store, store.begin("one", "sha256"))
     await upload.write(pieces)
     content = b"".join(pieces)
     assert upload.offset == len(content)
@@ -100,13 +100,13 @@ async def test_the_bytes_of_an_upload_can_be_deleted_by_its_key(store: Store) ->
     await store.delete(checkpoint.key)
     assert await keys(store) == set()
     with pytest.raises(UploadLost):
-        await store.resume(checkpoint)
+        await resumed(store, checkpoint)
 
 
 @both_algorithms
 async def test_a_suspended_upload_goes_on_where_it_stood(store: Store, algorithm: str) -> None:
     checkpoint = await suspended(store, CONTENT[:77777], algorithm=algorithm)
-    upload = await store.resume(checkpoint)
+    upload = await resumed(store, checkpoint)
     assert upload.offset == 77777
     await upload.write([CONTENT[77777:]])
     key = await upload.commit(Digest.of(CONTENT, algorithm))
@@ -117,7 +117,7 @@ async def test_a_suspended_upload_goes_on_where_it_stood(store: Store, algorithm
 @pytest.mark.parametrize("state", [b"", b"x", b"x" * 128, bytes(232)], ids=["none", "short", "wrong", "zeros"])
 async def test_without_a_usable_state_the_bytes_are_hashed_again(store: Store, algorithm: str, state: bytes) -> None:
     checkpoint = await suspended(store, CONTENT[:77777], algorithm=algorithm)
-    upload = await store.resume(replace(checkpoint, state=state))
+    upload = await resumed(store, replace(checkpoint, state=state))
     await upload.write([CONTENT[77777:]])
     key = await upload.commit(Digest.of(CONTENT, algorithm))
     assert await read(store, key, 0, len(CONTENT)) == CONTENT
@@ -128,7 +128,7 @@ async def test_bytes_after_the_checkpoint_are_dropped(store: Store) -> None:
     checkpoint = upload.checkpoint()
     await upload.write([b"came, but was never noted"])
     await upload.suspend()
-    upload = await store.resume(checkpoint)
+    upload = await resumed(store, checkpoint)
     assert upload.offset == 1000
     await upload.write([CONTENT[1000:]])
     key = await upload.commit(Digest.of(CONTENT))
@@ -140,15 +140,15 @@ async def test_bytes_after_the_checkpoint_are_dropped(store: Store) -> None:
 async def test_an_upload_that_lost_bytes_cannot_go_on(store: Store) -> None:
     checkpoint = await suspended(store, CONTENT[:1000])
     with pytest.raises(UploadLost):
-        await store.resume(replace(checkpoint, offset=1001))
+        await resumed(store, replace(checkpoint, offset=1001))
     # It is nobody's now: who knows better may still have it.
-    upload = await store.resume(checkpoint)
+    upload = await resumed(store, checkpoint)
     await upload.abort()
 
 
 async def test_an_upload_whose_bytes_are_gone_cannot_go_on(store: Store) -> None:
     with pytest.raises(UploadLost):
-        await store.resume(replace(store.begin("never", "sha256"), offset=1))
+        await resumed(store, replace(store.begin("never", "sha256"), offset=1))
     assert await keys(store) == set()
 
 
@@ -156,15 +156,63 @@ async def test_an_upload_has_one_writer_at_a_time(store: Store) -> None:
     upload = await begun(store, CONTENT[:1000])
     for checkpoint in (upload.checkpoint(), store.begin("one", "sha256")):
         with pytest.raises(UploadBusy):
-            await store.resume(checkpoint)
+            await resumed(store, checkpoint)
     await upload.write([CONTENT[1000:]])
     key = await upload.commit(Digest.of(CONTENT))
     assert await read(store, key, 0, len(CONTENT)) == CONTENT
 
 
+async def test_resuming_touches_nothing_before_the_first_step(store: Store) -> None:
+    begun = store.resume(store.begin("one", "sha256"))
+    assert (begun.offset, begun.checkpoint().offset) == (0, 0)
+    await begun.suspend()
+    assert await keys(store) == set()
+    checkpoint = await suspended(store, CONTENT[:1000])
+    waiting = store.resume(checkpoint)
+    assert waiting.offset == 1000
+    assert waiting.checkpoint() == checkpoint
+    # It holds nothing yet, so another may go on.
+    other = await resumed(store, checkpoint)
+    for step in (waiting.write([b"x"]), waiting.commit(Digest.of(CONTENT[:1000]))):
+        with pytest.raises(UploadBusy):
+            await step
+    await waiting.suspend()
+    await other.write([CONTENT[1000:]])
+    assert await other.commit(Digest.of(CONTENT)) in await keys(store)
+
+
+@both_algorithms
+async def test_a_last_write_lets_go_of_the_upload(store: Store, algorithm: str) -> None:
+    upload = store.resume(store.begin("one", algorithm))
+    await upload.write([CONTENT[:500], CONTENT[500:1000]], last=True)
+    assert upload.offset == 1000
+    checkpoint = upload.checkpoint()
+    await upload.suspend()
+    other = await resumed(store, checkpoint)
+    await other.write([CONTENT[1000:]], last=True)
+    key = await store.resume(other.checkpoint()).commit(Digest.of(CONTENT, algorithm))
+    assert await read(store, key, 0, len(CONTENT)) == CONTENT
+
+
+async def test_a_suspended_upload_can_be_aborted_without_another_step(store: Store) -> None:
+    checkpoint = await suspended(store, CONTENT)
+    await store.resume(checkpoint).abort()
+    assert await keys(store) == set()
+    await store.resume(store.begin("never", "sha256")).abort()
+    assert await keys(store) == set()
+
+
+async def test_who_does_not_hold_an_upload_cannot_abort_it(store: Store) -> None:
+    upload = await begun(store, CONTENT[:1000])
+    with pytest.raises(UploadBusy):
+        await store.resume(upload.checkpoint()).abort()
+    await upload.write([CONTENT[1000:]])
+    assert await upload.commit(Digest.of(CONTENT)) in await keys(store)
+
+
 async def test_of_many_who_resume_at_once_one_gets_the_upload(store: Store) -> None:
     checkpoint = await suspended(store, CONTENT[:1000])
-    results = await asyncio.gather(*(store.resume(checkpoint) for _ in range(10)), return_exceptions=True)
+    results = await asyncio.gather(*(resumed(store, checkpoint) for _ in range(10)), return_exceptions=True)
     winners = [result for result in results if not isinstance(result, BaseException)]
     assert len(winners) == 1
     assert sum(isinstance(result, UploadBusy) for result in results) == 9
@@ -178,7 +226,7 @@ async def test_an_aborted_upload_leaves_nothing_and_cannot_go_on(store: Store) -
     await upload.abort()
     assert await keys(store) == set()
     with pytest.raises(UploadLost):
-        await store.resume(checkpoint)
+        await resumed(store, checkpoint)
 
 
 @pytest.mark.parametrize("step", ["suspend", "abort"])
@@ -236,7 +284,7 @@ async def test_many_uploads_at_once_do_not_mix(store: Store) -> None:
     contents = [bytes([number]) * (1000 + number) for number in range(32)]
 
     async def push(number: int) -> str:
-        upload = await store.resume(store.begin(f"upload-{number}", "sha256"))
+        upload = await resumed(store, store.begin(f"upload-{number}", "sha256"))
         for start in range(0, len(contents[number]), 100):
             await upload.write([contents[number][start : start + 100]])
         return await upload.commit(Digest.of(contents[number]))
@@ -262,7 +310,7 @@ async def test_publishing_counts_as_a_change_for_those_who_look_for_leftovers(st
     before = {item.key: item.modified async for item in store.objects()}
     # Files are stamped by a clock that ticks coarsely.
     wait_until(lambda: time.clock_gettime(CLOCK_REALTIME_COARSE) > before[checkpoint.key], "a tick")
-    key = await (await store.resume(checkpoint)).commit(Digest.of(CONTENT))
+    key = await (await resumed(store, checkpoint)).commit(Digest.of(CONTENT))
     after = {item.key: item.modified async for item in store.objects()}
     assert after[key] > before[checkpoint.key]
 
@@ -292,7 +340,7 @@ async def test_an_upload_that_met_a_full_store_can_be_suspended_and_resumed(room
         await upload.write([CONTENT[1000:]])
     checkpoint = upload.checkpoint()
     await upload.suspend()
-    upload = await room.store.resume(checkpoint)
+    upload = await resumed(room.store, checkpoint)
     room.make_room()
     await upload.write([CONTENT[1000:]])
     assert await upload.commit(Digest.of(CONTENT)) in await keys(room.store)
@@ -329,7 +377,7 @@ def test_however_an_upload_is_cut_it_ends_as_the_bytes_it_was_sent(
     driver: str, plan: list[tuple[bytes, str]], algorithm: str
 ) -> None:
     async def play(store: Store) -> None:
-        upload = await store.resume(store.begin("one", algorithm))
+        upload = await resumed(store, store.begin("one", algorithm))
         sent = b""
         for content, step in plan:
             await upload.write([content])
@@ -340,7 +388,7 @@ def test_however_an_upload_is_cut_it_ends_as_the_bytes_it_was_sent(
             if step == "lose the rest":
                 await upload.write([b"the rest"])
             await upload.suspend()
-            upload = await store.resume(replace(checkpoint, state=b"") if "without" in step else checkpoint)
+            upload = await resumed(store, replace(checkpoint, state=b"") if "without" in step else checkpoint)
             assert upload.offset == len(sent)
         key = await upload.commit(Digest.of(sent, algorithm))
         assert await read(store, key, 0, len(sent)) == sent

@@ -1,0 +1,192 @@
+"""Upload sessions of the last moment, which have no row yet.
+
+Most uploads are small and over within milliseconds. For those a row that is written, claimed, moved on and deleted
+costs more than all the rest. So where one process serves alone, a new session and the first few kilobytes that it is
+sent are kept here for a moment. Whoever wants more of a session than that settles it first: its bytes go to the store,
+its row to the database, and it is a session like any other. A process that is killed forgets the sessions of this
+moment, nothing that was acknowledged with 201.
+
+    add ──► keep ──► take ──► forget       begun and finished within the moment
+     └────────┴─────────────► settle       anything else, or the moment is over
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import dataclass
+from typing import Final
+
+import structlog
+
+from registry.errors import BlobUploadUnknown, MetadataError, UploadConflict
+from registry.metadata import sessions
+from registry.metadata.engine import Database
+from storage.base import Checkpoint, Store
+from storage.errors import StorageError
+from storage.names import RepositoryName
+
+#: Seconds after which a session is settled.
+_MOMENT: Final = 0.1
+#: Seconds before another try with one that could not be settled.
+_PATIENCE: Final = 5.0
+#: Bytes of one upload that are kept.
+_KEPT_SIZE: Final = 32 << 10
+#: Sessions that are kept; more are settled as they begin. With the bytes of each that bounds the memory.
+_LIMIT: Final = 512
+
+log = structlog.get_logger()
+
+
+@dataclass(slots=True)
+class FreshSession:
+    """A session without a row.
+
+    Attributes:
+        id: its name in addresses.
+        repository: where it ends.
+        start: of its bytes in the store, where nothing is yet.
+        born: by the monotonic clock, in seconds.
+        content: what it was sent so far.
+        is_taken: a request is finishing it.
+        settling: the task that does so, once begun.
+    """
+
+    id: str
+    repository: RepositoryName
+    start: Checkpoint
+    born: float
+    content: bytes = b""
+    is_taken: bool = False
+    settling: asyncio.Task[None] | None = None
+
+
+class FreshSessions:
+    """The sessions of the last moment."""
+
+    def __init__(self, store: Store, database: Database, *, enabled: bool) -> None:
+        """Settle sessions into `store` and `database`; keep none where not `enabled`: others might ask for them."""
+        self._store = store
+        self._database = database
+        self._limit = _LIMIT if enabled else 0
+        self._sessions: dict[str, FreshSession] = {}
+        self._timer: asyncio.TimerHandle | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def __len__(self) -> int:
+        return len(self._sessions)
+
+    async def add(self, session_id: str, repository: RepositoryName, start: Checkpoint) -> None:
+        """Open a session."""
+        if len(self._sessions) >= self._limit:
+            await self._database.note(sessions.create, session_id, repository, start)
+            return
+        self._sessions[session_id] = FreshSession(session_id, repository, start, time.monotonic())
+        self._wake_later()
+
+    def offset(self, session_id: str, repository: RepositoryName) -> int | None:
+        """Return how many bytes came; None for a session that is not here."""
+        session = self._sessions.get(session_id)
+        return len(session.content) if session and session.repository == repository else None
+
+    def keep(self, session_id: str, repository: RepositoryName, content: bytes) -> bool:
+        """Keep the first bytes; False where they are too many, not the first, or the session is not here."""
+        session = self._find(session_id, repository)
+        if session is None or session.content or len(content) > _KEPT_SIZE:
+            return False
+        session.content = content
+        return True
+
+    def take(self, session_id: str, repository: RepositoryName) -> FreshSession | None:
+        """Return a session that nobody else gets until it was given back; None where it is not here."""
+        session = self._find(session_id, repository)
+        if session:
+            session.is_taken = True
+        return session
+
+    def give_back(self, session: FreshSession) -> None:
+        """Let others have a session again."""
+        session.is_taken = False
+
+    def forget(self, session: FreshSession) -> None:
+        """End a session that was taken."""
+        del self._sessions[session.id]
+
+    def cancel(self, session_id: str, repository: RepositoryName) -> bool:
+        """End a session; False where it is not here."""
+        session = self.take(session_id, repository)
+        if session:
+            self.forget(session)
+        return session is not None
+
+    async def settle(self, session_id: str) -> None:
+        """Make a session, if it is here, one like any other.
+
+        Raises:
+            UploadConflict: a request is finishing it.
+            OutOfSpace, StorageError, MetadataError: it stays here; it will be tried again.
+        """
+        session = self._sessions.get(session_id)
+        if session is None:
+            return
+        if session.is_taken:
+            raise UploadConflict
+        if session.settling is None:
+            session.settling = asyncio.create_task(self._settle(session))
+        # Others may wait for it too, whatever becomes of this request.
+        await asyncio.shield(session.settling)
+
+    async def close(self) -> None:
+        """Settle all that are left; those that cannot be are lost."""
+        self._limit = 0
+        if self._timer:
+            self._timer.cancel()
+        await asyncio.gather(*self._tasks)
+        await self._settle_all(list(self._sessions.values()))
+
+    def _find(self, session_id: str, repository: RepositoryName) -> FreshSession | None:
+        session = self._sessions.get(session_id)
+        if session is None or session.settling:
+            return None
+        if session.repository != repository:
+            raise BlobUploadUnknown
+        if session.is_taken:
+            raise UploadConflict
+        return session
+
+    async def _settle(self, session: FreshSession) -> None:
+        try:
+            checkpoint = session.start
+            if session.content:
+                upload = self._store.resume(checkpoint)
+                await upload.write([session.content], last=True)
+                checkpoint = upload.checkpoint()
+            await self._database.note(sessions.create, session.id, session.repository, checkpoint)
+            del self._sessions[session.id]
+        finally:
+            session.settling = None
+
+    def _wake_later(self) -> None:
+        if self._timer is None and self._limit:
+            self._timer = asyncio.get_running_loop().call_later(_MOMENT, self._wake)
+
+    def _wake(self) -> None:
+        self._timer = None
+        now = time.monotonic()
+        if old := [session for session in self._sessions.values() if now - session.born >= _MOMENT]:
+            task = asyncio.create_task(self._settle_all(old))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+        if self._sessions:
+            self._wake_later()
+
+    async def _settle_all(self, those: list[FreshSession]) -> None:
+        for session in those:
+            try:
+                await self.settle(session.id)
+            except UploadConflict:
+                # It is about to end.
+                continue
+            except (StorageError, MetadataError) as error:
+                session.born = time.monotonic() + _PATIENCE
+                log.warning("an upload session cannot be kept yet", error=str(error))
