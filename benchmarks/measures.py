@@ -7,6 +7,7 @@ server would wait for it.
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -91,6 +92,7 @@ class Blob:
     """A large blob in and out, and the memory before and under it."""
 
     name = "blob"
+    is_large = True
     kinds = (DOCKER_REGISTRY, HYTHE, NGINX)
 
     def __init__(self, sizes: Sizes, directory: Path) -> None:
@@ -141,6 +143,7 @@ class Small:
     """Many small blobs in and out, by many clients."""
 
     name = "small"
+    is_large = False
     kinds = (DOCKER_REGISTRY, HYTHE, NGINX)
 
     def __init__(self, sizes: Sizes, directory: Path) -> None:
@@ -179,6 +182,7 @@ class Manifest:
     """A manifest of 2 KB, by tag and by digest."""
 
     name = "manifest"
+    is_large = False
     kinds = (DOCKER_REGISTRY, HYTHE, HYTHE_2, NGINX)
 
     def __init__(self, sizes: Sizes, directory: Path) -> None:
@@ -216,6 +220,7 @@ class Image:
     """An image of many layers, pushed by skopeo."""
 
     name = "image"
+    is_large = False
     kinds = (DOCKER_REGISTRY, HYTHE)
 
     def __init__(self, sizes: Sizes, directory: Path) -> None:
@@ -240,6 +245,7 @@ class Start:
     """
 
     name = "start"
+    is_large = False
     kinds = (HYTHE,)
 
     def __init__(self, sizes: Sizes, directory: Path) -> None:
@@ -268,10 +274,17 @@ GROUPS: Final[dict[str, Group]] = {group.name: group for group in (Blob, Small, 
 
 
 def run(names: list[str], sizes: Sizes, rounds: int, directory: Path) -> Iterator[Result]:
-    """Run groups of measures; what they need on the disk goes below `directory`."""
+    """Run groups of measures; what they need on the disk goes below `directory`.
+
+    What a server stored stays there to the end, but for large blobs: after thousands of files were deleted ext4 takes
+    longer to create some, for minutes, and whoever is next would pay for whoever was before.
+    """
     for name in names:
         group = GROUPS[name](sizes, directory)
         for number in range(1, rounds + 1):
             for kind in group.kinds:
                 print(f"{name}, round {number} of {rounds}: {kind.name}", file=sys.stderr)
-                yield from group.measure(kind, directory / "server")
+                where = directory / f"{name}-{number}-{kind.name}"
+                yield from group.measure(kind, where)
+                if group.is_large:
+                    shutil.rmtree(where)

@@ -73,17 +73,14 @@ class Kind:
 
     @contextlib.contextmanager
     def running(self, directory: Path) -> Iterator[Server]:
-        """Run one with its data in `directory` while the block lasts; the data goes with it."""
+        """Run one with its data in `directory`, which is made, while the block lasts."""
         directory.mkdir()
-        try:
-            with self.started(directory) as server:
-                yield server
-        finally:
-            shutil.rmtree(directory)
+        with self.started(directory) as server:
+            yield server
 
     @contextlib.contextmanager
     def started(self, directory: Path) -> Iterator[Server]:
-        """The same in a directory that is there, and stays."""
+        """The same in a directory that is there."""
         port = free_port()
         program = Program(self.command(directory, port), directory / f"{self.name}.log")
         program.start()

@@ -12,6 +12,7 @@ from typing import Final
 from aiohttp import web
 
 from registry.access import OpenAccess, Right
+from registry.answers import Answers
 from registry.blobs import Blobs
 from registry.browse import Browse
 from registry.config import Settings
@@ -24,7 +25,8 @@ from registry.logs import AccessLog, is_json
 from registry.manifests import Manifests
 from registry.metadata.engine import Database
 from registry.metrics import Metrics
-from registry.middleware import Observer, sign
+from registry.middleware import Observer
+from registry.record import Recorder
 from registry.referrers import Referrers
 from registry.routes import Endpoint
 from registry.sweeper import Sweeper
@@ -34,6 +36,7 @@ from storage.base import Store
 from storage.filesystem import FilesystemStore
 
 OBSERVER: Final = web.AppKey("observer", Observer)
+ANSWERS: Final = web.AppKey("answers", Answers)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,9 +90,11 @@ def build(settings: Settings, *, process: Process | None = None, store: Store | 
         Listings(database, access),
         Referrers(database, contents),
     )
-    observer = Observer(metrics, access_log)
+    recorder = Recorder(metrics, access_log)
+    observer = Observer(recorder)
     app = web.Application(middlewares=[observer.middleware()])
     app[OBSERVER] = observer
+    app[ANSWERS] = Answers(contents.cache, recorder)
     app.router.add_route("*", "/v2/{path:.*}", Dispatcher(table, access).handle, expect_handler=_uninvited)
     app.router.add_get("/v2", _to_base)
     app.router.add_routes(Browse(database, contents, access, delete=settings.registry.delete).routes())
@@ -112,7 +117,6 @@ def build(settings: Settings, *, process: Process | None = None, store: Store | 
         if access_log:
             access_log.close()
 
-    app.on_response_prepare.append(sign)
     app.cleanup_ctx.append(life)
     return app
 

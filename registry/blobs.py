@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import AsyncIterator
-from pathlib import Path
 
 from aiohttp import hdrs, web
 from multidict import CIMultiDict
@@ -12,7 +11,7 @@ from multidict import CIMultiDict
 from registry.calls import Call
 from registry.contents import Contents
 from registry.ranges import parse_ranges
-from registry.responses import is_known
+from registry.responses import REPEATABLE, is_known
 from registry.transfer import Sender
 from storage.base import Content, Store
 from storage.digest import Digest
@@ -33,6 +32,7 @@ class Blobs:
         """GET: the bytes, whole or in ranges."""
         digest = call.digest()
         stored = await self._contents.blob(call.repository, digest)
+        call.request[REPEATABLE] = True
         headers = _headers(digest)
         if is_known(call.request, headers[hdrs.ETAG]):
             return web.Response(status=304, headers=headers)
@@ -52,6 +52,7 @@ class Blobs:
         """HEAD: the headers of a GET; a `Range` has no meaning here. [RFC 9110, 14.2]"""
         digest = call.digest()
         stored = await self._contents.blob(call.repository, digest)
+        call.request[REPEATABLE] = True
         headers = _headers(digest)
         if is_known(call.request, headers[hdrs.ETAG]):
             return web.Response(status=304, headers=headers)
@@ -97,7 +98,7 @@ class _Multipart(Content):
         self.size = sum(len(head) + stop - start for head, start, stop in self._parts) + len(self._end)
 
     @property
-    def path(self) -> Path | None:
+    def path(self) -> str | None:
         return None
 
     async def read(self, start: int, stop: int) -> AsyncIterator[bytes]:

@@ -12,53 +12,53 @@ import sqlite3
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Final
 
-V = TypeVar("V")
+#: What an entry takes beside its content: key, value, links. Roughly, in bytes.
+ENTRY_SIZE: Final = 600
 
 
-class Cache(Generic[V]):
+class Cache:
     """The least recently used go first when `limit` bytes are full."""
 
-    def __init__(self, limit: int, epoch: Callable[[], int], size: Callable[[V], int]) -> None:
+    def __init__(self, limit: int, epoch: Callable[[], int]) -> None:
         """Keep up to `limit` bytes.
 
         Args:
             limit: in bytes; 0 keeps nothing.
             epoch: returns the current epoch; called for each look-up, so it must be cheap and must not block.
-            size: returns what a value takes, in bytes.
         """
         self.epoch = epoch
         self._limit = limit
-        self._size = size
         self._seen = epoch()
-        self._entries: OrderedDict[Hashable, V] = OrderedDict()
+        self._entries: OrderedDict[Hashable, tuple[object, int]] = OrderedDict()
         self._used = 0
 
-    def get(self, key: Hashable) -> V | None:
+    def get(self, key: Hashable) -> object | None:
         """Return what is known under `key` now."""
         epoch = self.epoch()
         if epoch != self._seen:
             self._forget(epoch)
             return None
-        value = self._entries.get(key)
-        if value is not None:
-            self._entries.move_to_end(key)
-        return value
+        entry = self._entries.get(key)
+        if entry is None:
+            return None
+        self._entries.move_to_end(key)
+        return entry[0]
 
-    def put(self, key: Hashable, value: V, epoch: int) -> None:
-        """Keep what was read after `epoch` was looked at."""
+    def put(self, key: Hashable, value: object, epoch: int, size: int) -> None:
+        """Keep what was read after `epoch` was looked at, and takes `size` bytes."""
         if epoch != self.epoch():
             return
         if epoch != self._seen:
             self._forget(epoch)
         if key in self._entries:
             return
-        self._entries[key] = value
-        self._used += self._size(value)
+        self._entries[key] = value, size
+        self._used += size
         while self._used > self._limit:
-            _, dropped = self._entries.popitem(last=False)
-            self._used -= self._size(dropped)
+            _, (_, dropped) = self._entries.popitem(last=False)
+            self._used -= dropped
 
     def _forget(self, epoch: int) -> None:
         self._seen = epoch

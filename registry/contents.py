@@ -8,9 +8,8 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from typing import Final
 
-from registry.cache import Cache, DataVersion, WriteCounter
+from registry.cache import ENTRY_SIZE, Cache, DataVersion, WriteCounter
 from registry.errors import BlobUnknown, ManifestUnknown
 from registry.metadata import blobs, manifests, tags
 from registry.metadata.blobs import StoredBlob
@@ -18,9 +17,6 @@ from registry.metadata.engine import Database
 from registry.metadata.manifests import PushedManifest, StoredManifest
 from storage.digest import Digest
 from storage.names import Reference, RepositoryName, Tag
-
-#: Roughly what an entry takes beside its content: key, row, links. Bytes.
-_OVERHEAD: Final = 600
 
 
 class Contents:
@@ -33,27 +29,30 @@ class Contents:
             database: where the facts are.
             cache_bytes: memory for what is remembered.
             alone: whether no other process writes to the database.
+
+        Attributes:
+            cache: what is remembered; others may remember there what depends on nothing else.
         """
         self._database = database
         self._writes = WriteCounter()
         self._version = None if alone else DataVersion(database.path)
-        self._cache: Cache[StoredBlob | StoredManifest] = Cache(cache_bytes, self._version or self._writes, _size)
+        self.cache = Cache(cache_bytes, self._version or self._writes)
 
     async def blob(self, name: RepositoryName, digest: Digest) -> StoredBlob:
         """Return a blob of a repository, or raise `BlobUnknown`."""
         key = ("blob", name, digest)
-        if isinstance(known := self._cache.get(key), StoredBlob):
+        if isinstance(known := self.cache.get(key), StoredBlob):
             return known
-        epoch = self._cache.epoch()
-        found = await self._database.read(blobs.find, name, digest)
+        epoch = self.cache.epoch()
+        found = await self._database.look_up(blobs.find, name, digest)
         if found is None:
             raise BlobUnknown(f"{name} does not hold the blob {digest}")
-        self._cache.put(key, found, epoch)
+        self.cache.put(key, found, epoch, ENTRY_SIZE)
         return found
 
     async def add_blob(self, name: RepositoryName, digest: Digest, stored: StoredBlob) -> bool:
         """Add a blob; False where one with the same bytes was there before. [registry.metadata.blobs.add]"""
-        epoch = self._cache.epoch()
+        epoch = self.cache.epoch()
         is_ours = await self._database.write(blobs.add, name, digest, stored)
         return self._learn(name, digest, stored, epoch, is_ours)
 
@@ -61,20 +60,20 @@ class Contents:
         self, session_id: str, writer: str, name: RepositoryName, digest: Digest, stored: StoredBlob
     ) -> bool:
         """End an upload and add its blob, likewise; raises `BlobUploadUnknown`."""
-        epoch = self._cache.epoch()
+        epoch = self.cache.epoch()
         is_ours = await self._database.write(blobs.finish_upload, session_id, writer, name, digest, stored)
         return self._learn(name, digest, stored, epoch, is_ours)
 
     async def manifest(self, name: RepositoryName, reference: Reference) -> StoredManifest:
         """Return a manifest of a repository, or raise `ManifestUnknown`."""
         key = (name, reference)
-        if isinstance(known := self._cache.get(key), StoredManifest):
+        if isinstance(known := self.cache.get(key), StoredManifest):
             return known
-        epoch = self._cache.epoch()
-        found = await self._database.read(manifests.find, name, reference)
+        epoch = self.cache.epoch()
+        found = await self._database.look_up(manifests.find, name, reference)
         if found is None:
             raise ManifestUnknown(f"{name} has no manifest {reference}")
-        self._cache.put(key, found, epoch)
+        self.cache.put(key, found, epoch, ENTRY_SIZE + len(found.content))
         return found
 
     async def put_manifest(
@@ -106,7 +105,7 @@ class Contents:
 
     def _learn(self, name: RepositoryName, digest: Digest, stored: StoredBlob, epoch: int, is_ours: bool) -> bool:
         if is_ours:
-            self._cache.put(("blob", name, digest), stored, epoch)
+            self.cache.put(("blob", name, digest), stored, epoch, ENTRY_SIZE)
         return is_ours
 
     @asynccontextmanager
@@ -116,7 +115,3 @@ class Contents:
             yield
         finally:
             self._writes.value += 1
-
-
-def _size(value: StoredBlob | StoredManifest) -> int:
-    return _OVERHEAD + (len(value.content) if isinstance(value, StoredManifest) else 0)

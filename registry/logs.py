@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 from functools import lru_cache
 from queue import SimpleQueue
 from threading import Thread
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 import msgspec
 import structlog
@@ -27,7 +27,7 @@ from registry.config import LogSettings
 _BATCH: Final = 128
 
 
-class Access(NamedTuple):
+class Access(msgspec.Struct):
     """One request, as it is logged. Times in seconds, sizes in bytes."""
 
     at: float
@@ -40,6 +40,23 @@ class Access(NamedTuple):
     remote: str
     request_id: str
     agent: str
+
+
+class _Line(msgspec.Struct):
+    """The same as JSON has it."""
+
+    at: str
+    level: str
+    event: str
+    method: str
+    path: str
+    status: int
+    bytes_in: int
+    bytes_out: int
+    ms: float
+    remote: str
+    agent: str
+    request_id: str
 
 
 class AccessLog:
@@ -83,25 +100,21 @@ def _write_all(descriptor: int, block: bytes) -> None:
 
 
 def _json(entry: Access) -> bytes:
-    return (
-        _encoder.encode(
-            {
-                "at": _timestamp(entry.at),
-                "level": "info",
-                "event": "request",
-                "method": entry.method,
-                "path": printable(entry.path),
-                "status": entry.status,
-                "bytes_in": entry.bytes_in,
-                "bytes_out": entry.bytes_out,
-                "ms": round(entry.duration * 1000, 2),
-                "remote": entry.remote,
-                "agent": printable(entry.agent),
-                "request_id": entry.request_id,
-            }
-        )
-        + b"\n"
+    line = _Line(
+        _timestamp(entry.at),
+        "info",
+        "request",
+        entry.method,
+        printable(entry.path),
+        entry.status,
+        entry.bytes_in,
+        entry.bytes_out,
+        round(entry.duration * 1000, 2),
+        entry.remote,
+        printable(entry.agent),
+        entry.request_id,
     )
+    return _encoder.encode(line) + b"\n"
 
 
 def _text(entry: Access) -> bytes:

@@ -20,7 +20,7 @@ from registry.errors import (
     TooManyTags,
 )
 from registry.metadata.manifests import PushedManifest, StoredManifest
-from registry.responses import BYTES_IN, is_known
+from registry.responses import BYTES_IN, REPEATABLE, is_known
 from registry.transfer import Receiver, read_limited
 from storage.base import Store
 from storage.digest import Digest
@@ -51,6 +51,7 @@ class Manifests:
     async def get(self, call: Call) -> web.StreamResponse:
         """GET: the exact bytes that were pushed."""
         stored = await self._contents.manifest(call.repository, call.reference())
+        call.request[REPEATABLE] = True
         headers = _headers(stored)
         if is_known(call.request, headers[hdrs.ETAG]):
             return web.Response(status=304, headers=headers)
@@ -59,6 +60,7 @@ class Manifests:
     async def head(self, call: Call) -> web.StreamResponse:
         """HEAD: the headers of a GET."""
         stored = await self._contents.manifest(call.repository, call.reference())
+        call.request[REPEATABLE] = True
         headers = _headers(stored)
         if is_known(call.request, headers[hdrs.ETAG]):
             return web.Response(status=304, headers=headers)

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
 import re
-import secrets
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any, Final
@@ -33,9 +31,9 @@ from registry.errors import (
     Unsupported,
     UploadConflict,
 )
-from registry.logs import Access, AccessLog
-from registry.metrics import Metrics
-from registry.responses import BYTES_IN, REQUEST_ID, ROUTE, json_response
+from registry.logs import Access
+from registry.record import Recorder
+from registry.responses import BYTES_IN, REQUEST_ID, ROUTE, json_response, sign
 from registry.transfer import is_waiting, leave_body
 from storage import errors as storage_errors
 
@@ -80,12 +78,9 @@ log = structlog.get_logger()
 class Observer:
     """The only middleware."""
 
-    def __init__(self, metrics: Metrics, access_log: AccessLog | None) -> None:
-        """Count into `metrics`; log requests to `access_log`, if any."""
-        self._metrics = metrics
-        self._access_log = access_log
-        self._run = secrets.token_hex(4)
-        self._numbers = itertools.count(1)
+    def __init__(self, recorder: Recorder) -> None:
+        """Let `recorder` keep what is to be kept of requests."""
+        self._recorder = recorder
         self._in_flight = 0
         self._is_draining = False
         self._idle = asyncio.Event()
@@ -107,6 +102,8 @@ class Observer:
                 if not self._in_flight:
                     self._idle.set()
             leave_body(request)
+            if not response.prepared:
+                sign(request, response)
             if self._is_draining:
                 response.force_close()
             self._record(request, response, time.perf_counter() - began, request_id)
@@ -127,38 +124,25 @@ class Observer:
 
     def _request_id(self, request: web.Request) -> str:
         sent = request.headers.get("X-Request-Id")
-        if sent and _REQUEST_ID.fullmatch(sent):
-            return sent
-        return f"{self._run}-{next(self._numbers):06x}"
+        return sent if sent and _REQUEST_ID.fullmatch(sent) else self._recorder.next_id()
 
     def _record(self, request: web.Request, response: web.StreamResponse, duration: float, request_id: str) -> None:
-        bytes_in = request.get(BYTES_IN, 0)
         is_empty = request.method == hdrs.METH_HEAD or response.status in (204, 304)
-        bytes_out = 0 if is_empty else response.content_length or 0
-        route = request.get(ROUTE) or _route(request)
-        self._metrics.count(route, request.method, response.status, duration, bytes_in, bytes_out)
-        if self._access_log:
-            self._access_log.add(
-                Access(
-                    at=time.time(),
-                    method=request.method,
-                    path=_logged_path(request),
-                    status=response.status,
-                    bytes_in=bytes_in,
-                    bytes_out=bytes_out,
-                    duration=duration,
-                    remote=request.remote or "",
-                    request_id=request_id,
-                    agent=request.headers.get(hdrs.USER_AGENT, ""),
-                )
-            )
-
-
-async def sign(request: web.Request, response: web.StreamResponse) -> None:
-    """Put the headers on that every answer has, just before it begins."""
-    if request.path.startswith("/v2/"):
-        response.headers["Docker-Distribution-API-Version"] = "registry/2.0"
-    response.headers["X-Request-Id"] = request.get(REQUEST_ID, "-")
+        self._recorder.record(
+            request.get(ROUTE) or _route(request),
+            Access(
+                at=time.time(),
+                method=request.method,
+                path=_logged_path(request),
+                status=response.status,
+                bytes_in=request.get(BYTES_IN, 0),
+                bytes_out=0 if is_empty else response.content_length or 0,
+                duration=duration,
+                remote=request.remote or "",
+                request_id=request_id,
+                agent=request.headers.get(hdrs.USER_AGENT, ""),
+            ),
+        )
 
 
 def _logged_path(request: web.Request) -> str:

@@ -17,6 +17,9 @@ BYTES_IN: Final = web.RequestKey("bytes_in", int)
 #: Whether its body was invited. [RFC 9110, 10.1.1]
 INVITED: Final = web.RequestKey("invited", bool)
 
+#: Its answer depends on nothing but its head and the epoch of the cache.
+REPEATABLE: Final = web.RequestKey("repeatable", bool)
+
 
 def is_known(request: web.Request, etag: str) -> bool:
     """Return whether the client has the content with this strong `etag` already. [RFC 9110, 13.1.2]"""
@@ -39,3 +42,10 @@ def json_response(
         status=status,
         headers={"Content-Type": content_type, **(headers or {})},
     )
+
+
+def sign(request: web.BaseRequest, response: web.StreamResponse) -> None:
+    """Put the headers on that every answer has, before it begins."""
+    if request.path.startswith("/v2/"):
+        response.headers["Docker-Distribution-API-Version"] = "registry/2.0"
+    response.headers["X-Request-Id"] = request[REQUEST_ID]

@@ -7,15 +7,15 @@ import os
 import select
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from pathlib import Path
 from typing import Final
 
 from aiohttp import StreamReader, hdrs, web
 from multidict import CIMultiDict
 
+from registry.chunks import Piece
 from registry.errors import RequestTimeout, SizeInvalid, TooManyRequests
-from registry.responses import INVITED
-from registry.wire import Connection, Piece, wake
+from registry.responses import INVITED, sign
+from registry.wire import Connection, wake
 from storage.base import Content, Upload
 from storage.errors import ContentMissing
 from storage.threads import Threads
@@ -203,17 +203,16 @@ class Sender:
         headers: CIMultiDict[str],
     ) -> web.StreamResponse:
         """Answer `request` with the bytes from `start` up to but not including `stop`."""
-        size = stop - start
-        response = web.StreamResponse(status=status, headers=headers)
         if content.path is None:
-            return await self._stream(request, content, start, stop, response)
-        opened = await self._threads.run(_open, content.path, start, size)
+            return await self._stream(request, content, start, stop, _begun(request, status, headers))
+        opened = await self._threads.run(_open, content.path, start, stop - start)
         if isinstance(opened, bytes):
             return web.Response(body=opened, status=status, headers=headers)
+        response = _begun(request, status, headers)
         try:
             if request.transport is None or request.transport.get_extra_info("sslcontext"):
                 return await self._stream(request, content, start, stop, response)
-            response.content_length = size
+            response.content_length = stop - start
             await response.prepare(request)
             await self._send_file(request.transport, opened, start, stop)
             await response.write_eof()
@@ -263,12 +262,18 @@ class Sender:
             loop.remove_writer(target)
 
 
-def _open(path: Path, start: int, size: int) -> int | bytes:
+def _begun(request: web.Request, status: int, headers: CIMultiDict[str]) -> web.StreamResponse:
+    response = web.StreamResponse(status=status, headers=headers)
+    sign(request, response)
+    return response
+
+
+def _open(path: str, start: int, size: int) -> int | bytes:
     """Return small content itself, and a descriptor for large content: one hop for either."""
     try:
         file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:
-        raise ContentMissing(f"no file {path.name}") from None
+        raise ContentMissing(f"no file {path}") from None
     if size > _INLINE_SIZE:
         return file
     try:
@@ -276,7 +281,7 @@ def _open(path: Path, start: int, size: int) -> int | bytes:
     finally:
         os.close(file)
     if len(content) < size:
-        raise ContentMissing(f"{path.name} is shorter than its row says")
+        raise ContentMissing(f"{path} is shorter than its row says")
     return content
 
 

@@ -98,7 +98,7 @@ class Uploads:
         """GET: how far the upload is. [end-13]"""
         offset = self._fresh.offset(call.argument, call.repository)
         if offset is None:
-            session = await self._database.read(sessions.find, call.argument, call.repository)
+            session = await self._database.look_up(sessions.find, call.argument, call.repository)
             offset = session.checkpoint.offset
         return _accepted(call, call.argument, offset, status=204)
 

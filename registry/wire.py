@@ -1,15 +1,16 @@
-"""The short way in for large uploads: from the socket to the store without passing through the HTTP parser.
+"""What stands between a connection and aiohttp's protocol: two short cuts.
 
-docker sends a layer as one PATCH in chunked encoding, a header for every 32 KiB. Parsed on the event loop, each of
-those is copied three times and woken up for; it is most of what an upload costs. So a connection's protocol here
-stands in front of aiohttp's and lets everything pass, but for the body of such a request: that one is held back
-until the handler says whether it wants it. If it does, a thread reads from the socket into two large buffers and
-finds the chunks in them; no byte is copied before it is hashed and written. If it does not, aiohttp gets the body
-like any other.
+**In**, for large uploads: docker sends a layer as one PATCH in chunked encoding, a header for every 32 KiB. Parsed on
+the event loop, each of those is copied three times and woken up for; it is most of what an upload costs. So the body of
+such a request is held back until the handler says whether it wants it. If it does, a thread reads it from the socket
+(`chunks.py`), past the HTTP parser. If it does not, aiohttp gets it like any other. aiohttp's parser waits at the
+boundary of a chunk meanwhile and never knows. At the end it is given the last chunk (`0`), and where the body is given
+up in the middle, a chunk header for what is left of the current one. [RFC 9112, 7.1]
 
-aiohttp's parser waits at the boundary of a chunk meanwhile and never knows. At the end it is given the last chunk
-(`0`), and where the body is given up in the middle, a chunk header for what is left of the current one.
-[RFC 9112, 7.1]
+**Out**, for what is asked again and again: a head that was answered before, byte for byte, gets what `answers.py`
+remembers. Only on a connection on which nothing but whole heads without a body ever came, one at a time, each after the
+answer to the last: so there can be no doubt where a request begins and whose turn it is. Anything else, once, and the
+connection is aiohttp's for good.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ from __future__ import annotations
 import asyncio
 import os
 import re
-import select
 import socket
 from collections.abc import AsyncIterator, Callable
 from typing import Final, cast
@@ -25,7 +25,9 @@ from typing import Final, cast
 import structlog
 from aiohttp import web
 
-from registry.errors import BadRequest, RegistryError, RequestTimeout, SizeInvalid
+from registry.answers import Answers, is_plain
+from registry.chunks import ChunkedBody, Piece
+from registry.errors import BadRequest, RequestTimeout, SizeInvalid
 from registry.responses import json_response
 from storage.threads import Threads
 
@@ -35,29 +37,30 @@ _CHUNKED: Final = re.compile(rb"\r\ntransfer-encoding:[ \t]*chunked[ \t]*\r\n", 
 _LENGTH: Final = re.compile(rb"\r\n(?:content-length|content-encoding|upgrade)[ \t]*:", re.IGNORECASE)
 _HEAD_LIMIT: Final = 16 << 10
 _LAST_CHUNK: Final = b"\r\n0\r\n\r\n"
-#: A line that gives a chunk's size; extensions are allowed and mean nothing.
-_SIZE_LINE: Final = re.compile(rb"([0-9a-fA-F]{1,15})[ \t]*(?:;[^\r\n]*)?")
-_LINE_LIMIT: Final = 1024
-#: How long a thread waits for more, in milliseconds, and how often before it goes back to the pool.
-_PAUSE: Final = 5
-_PATIENCE: Final = 10
-
 _OUR_FAULT: Final = 500
+#: Seconds, well below those after which a silent connection is ended.
+_REFRESH: Final = 30.0
 
 log = structlog.get_logger()
-
-Piece = bytes | memoryview
 
 
 class Connection(asyncio.Protocol):
     """Stands between a transport and aiohttp's protocol."""
 
-    def __init__(self, inner: asyncio.Protocol) -> None:
-        """Pass everything on to `inner`, but for bodies that are taken."""
+    def __init__(self, inner: asyncio.Protocol, answers: Answers) -> None:
+        """Pass everything on to `inner`, but for bodies that are taken and what `answers` knows."""
         self._inner = inner
+        self._answers = answers
         self._transport: asyncio.Transport | None = None
         self._held: bytes | None = None
         self._to_skip = 0
+        #: Nothing but plain heads came so far.
+        self._is_plain = True
+        #: The head that is being answered, and the epoch in which it came; when the last one came.
+        self._asked: tuple[bytes, int] | None = None
+        self._asked_at = 0.0
+        self._is_full = False
+        self._remote = ""
 
     @property
     def holds_body(self) -> bool:
@@ -67,6 +70,9 @@ class Connection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         # uvloop's transports are no subclasses of asyncio's.
         self._transport = cast("asyncio.Transport", transport)
+        self._asked_at = asyncio.get_running_loop().time()
+        peer = transport.get_extra_info("peername")
+        self._remote = str(peer[0]) if peer else ""
         self._inner.connection_made(transport)
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -77,12 +83,16 @@ class Connection(asyncio.Protocol):
         return self._inner.eof_received()
 
     def pause_writing(self) -> None:
+        self._is_full = True
         self._inner.pause_writing()
 
     def resume_writing(self) -> None:
+        self._is_full = False
         self._inner.resume_writing()
 
     def data_received(self, data: bytes) -> None:
+        if self._is_plain and self._answer_again(data):
+            return
         if self._held is not None:
             self._held += data
             return
@@ -97,6 +107,25 @@ class Connection(asyncio.Protocol):
             self._transport.pause_reading()
             data = data[:end]
         self._inner.data_received(data)
+
+    def answered(self, request: web.BaseRequest, response: web.StreamResponse) -> None:
+        """Hear that an answer is out, whole."""
+        asked, self._asked = self._asked, None
+        if asked and self._is_plain:
+            self._answers.remember(*asked, request, response)
+
+    def _answer_again(self, data: bytes) -> bool:
+        now = asyncio.get_running_loop().time()
+        if self._asked is None and not self._is_full and self._transport is not None:
+            answer = self._answers.find(data)
+            # aiohttp ends a connection on which it hears nothing for long: now and then it gets one.
+            if answer and now - self._asked_at < _REFRESH:
+                self._transport.write(self._answers.give(answer, self._remote))
+                return True
+        self._is_plain = self._asked is None and is_plain(data)
+        if self._is_plain:
+            self._asked, self._asked_at = (data, self._answers.epoch()), now
+        return False
 
     def leave_body(self) -> None:
         """Let aiohttp have the body after all."""
@@ -119,7 +148,7 @@ class Connection(asyncio.Protocol):
             RequestTimeout: no bytes came for too long.
         """
         assert self._held is not None
-        body = _ChunkedBody(self._held)
+        body = ChunkedBody(self._held)
         with self._duplicate() as sock:
             try:
                 while not body.is_finished:
@@ -137,7 +166,7 @@ class Connection(asyncio.Protocol):
             raise SizeInvalid("the client is gone")
         return socket.socket(fileno=os.dup(self._transport.get_extra_info("socket").fileno()))
 
-    def _end(self, body: _ChunkedBody) -> None:
+    def _end(self, body: ChunkedBody) -> None:
         if body.is_finished:
             self._give_back(b"0\r\n\r\n", body.rest)
         elif body.remaining:
@@ -158,109 +187,6 @@ class Connection(asyncio.Protocol):
             self._transport.resume_reading()
 
 
-class _ChunkedBody:
-    """Reads chunks from a socket. One thread at a time."""
-
-    def __init__(self, start: bytes) -> None:
-        self.is_finished = False
-        #: Bytes of the current chunk that have not come yet.
-        self.remaining = 0
-        #: Bytes of the line end after a chunk that have not come yet.
-        self.to_skip = 0
-        #: Received and not understood yet, or not ours.
-        self.rest = start
-        self._is_trailer = False
-        self._failure: RegistryError | None = None
-        #: How far the current buffer was understood, and where the content found in it ends.
-        self._position = self._content = 0
-        self._buffers = [bytearray(), bytearray()]
-
-    @property
-    def is_waiting(self) -> bool:
-        """Whether there is nothing to do until more comes."""
-        return not self.is_finished and self._failure is None
-
-    def read(self, sock: socket.socket, size: int) -> memoryview:
-        """Return what comes: a buffer full, or less when the client pauses.
-
-        The kernel is asked to wake us for much at once; a client that sends 32 KiB at a time would wake us for each.
-        """
-        if self._failure is not None:
-            raise self._failure
-        buffer = self._next_buffer(max(size, 2 * len(self.rest)))
-        buffer[: len(self.rest)] = self.rest
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, len(buffer) // 4)
-        try:
-            return self._fill(sock, memoryview(buffer), len(self.rest))
-        finally:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1)
-
-    def _fill(self, sock: socket.socket, view: memoryview, filled: int) -> memoryview:
-        poll = select.poll()
-        poll.register(sock, select.POLLIN)
-        patience = _PATIENCE
-        self._position = self._content = 0
-        try:
-            self._parse(view, filled)
-            while not self.is_finished and filled < len(view) and patience:
-                received = _receive(sock, view[filled:])
-                if received is None:
-                    # The end of a body may be less than what the kernel waits for: look now and then.
-                    patience -= not poll.poll(_PAUSE)
-                    continue
-                filled += received
-                self._parse(view, filled)
-        except RegistryError as error:
-            # What came before is good; the next call says what is wrong.
-            self._failure = error
-        self.rest = bytes(view[self._position : filled])
-        return view[: self._content]
-
-    def _next_buffer(self, size: int) -> bytearray:
-        self._buffers.reverse()
-        if len(self._buffers[0]) != size:
-            self._buffers[0] = bytearray(size)
-        return self._buffers[0]
-
-    def _parse(self, view: memoryview, end: int) -> None:
-        """Find the chunks in what was received up to `end`, and move what they hold together at the front."""
-        while self._position < end and not self.is_finished:
-            if self.remaining:
-                taken = self._take_content(view, end)
-            elif self.to_skip:
-                taken = 1
-                if view[self._position] != b"\r\n"[2 - self.to_skip]:
-                    raise BadRequest("a chunk is longer than its header says")
-                self.to_skip -= 1
-            else:
-                line = bytes(view[self._position : min(end, self._position + _LINE_LIMIT)])
-                taken = line.find(b"\r\n") + 2
-                if taken < 2:
-                    if len(line) == _LINE_LIMIT:
-                        raise BadRequest("a chunk header is too long")
-                    return
-                self._take_line(line[: taken - 2])
-            self._position += taken
-
-    def _take_content(self, view: memoryview, end: int) -> int:
-        taken = min(self.remaining, end - self._position)
-        view[self._content : self._content + taken] = view[self._position : self._position + taken]
-        self._content += taken
-        self.remaining -= taken
-        self.to_skip = 0 if self.remaining else 2
-        return taken
-
-    def _take_line(self, line: bytes) -> None:
-        if self._is_trailer:
-            self.is_finished = not line
-            return
-        match = _SIZE_LINE.fullmatch(line)
-        if match is None:
-            raise BadRequest("a chunk header is not a size")
-        self.remaining = int(match[1], 16)
-        self._is_trailer = not self.remaining
-
-
 def _end_of_upload_head(data: bytes) -> int:
     """Return where the head of a chunked upload ends in `data`, which begins with it; 0 for anything else."""
     if not _UPLOAD.match(data):
@@ -271,23 +197,20 @@ def _end_of_upload_head(data: bytes) -> int:
     return end
 
 
-def _receive(sock: socket.socket, into: memoryview) -> int | None:
-    """Return how many bytes came, None where there are none yet."""
-    try:
-        received = sock.recv_into(into)
-    except BlockingIOError:
-        return None
-    except OSError as error:
-        raise SizeInvalid(f"the connection broke: {error.strerror}") from None
-    if not received:
-        raise SizeInvalid("the body ended early")
-    return received
-
-
 class _Handler(web.RequestHandler):
-    """aiohttp's protocol, but for what it answers when a request cannot be read at all."""
+    """aiohttp's protocol, which tells of its answers, and has others when a request cannot be read at all."""
 
     __slots__ = ()
+
+    async def finish_response(
+        self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None
+    ) -> tuple[web.StreamResponse, bool]:
+        """Send an answer, and tell the connection."""
+        result = await super().finish_response(request, resp, start_time)
+        connection = self.transport.get_protocol() if self.transport else None
+        if isinstance(connection, Connection):
+            connection.answered(request, result[0])
+        return result
 
     def handle_error(
         self,
@@ -305,12 +228,12 @@ class _Handler(web.RequestHandler):
         return response
 
 
-def accept(http: Callable[[], asyncio.Protocol]) -> Connection:
+def accept(http: Callable[[], asyncio.Protocol], answers: Answers) -> Connection:
     """Return the protocol for a new connection, in front of the one that `http`, aiohttp's server, makes."""
     inner = http()
-    # aiohttp has no way to be given another class, and this one differs in nothing but a method.
+    # aiohttp has no way to be given another class, and this one differs in nothing but two methods.
     inner.__class__ = _Handler
-    return Connection(inner)
+    return Connection(inner, answers)
 
 
 async def _readable(sock: socket.socket, stall: float) -> None:

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 from storage.digest import Digest
@@ -97,7 +96,7 @@ class Content(Protocol):
     """Bytes under a key, ready to be read."""
 
     @property
-    def path(self) -> Path | None:
+    def path(self) -> str | None:
         """The local file that holds them, where there is one: it can be sent without passing through us."""
 
     def read(self, start: int, stop: int) -> AsyncIterator[bytes]:

@@ -53,7 +53,7 @@ class FilesystemStore:
         self.root = root.absolute()
         self._sync = sync
         self._threads = Threads(threads, "disk")
-        self._directories: set[Path] = set()
+        self._algorithms: set[str] = set()
         (self.root / "uploads").mkdir(mode=0o750, parents=True, exist_ok=True)
         (self.root / "blobs").mkdir(mode=0o750, exist_ok=True)
 
@@ -82,10 +82,11 @@ class FilesystemStore:
     async def close(self) -> None:
         await self._threads.close()
 
-    def _path(self, key: str) -> Path:
+    def _path(self, key: str) -> str:
+        # Plain text: pathlib takes longer to join two parts than the kernel to open the file.
         if not _KEY.fullmatch(key):
             raise ValueError(f"not a key of this store: {key!r}")
-        return self.root / key
+        return f"{self.root}/{key}"
 
     def _list_directories(self) -> list[Path]:
         return [self.root / "uploads", *sorted((self.root / "blobs").glob("*/*"))]
@@ -112,25 +113,27 @@ class FilesystemStore:
         finally:
             path.unlink(missing_ok=True)
 
-    def _publish(self, source: Path, key: str) -> None:
+    def _publish(self, source: str, key: str) -> None:
         """Give synced data its name, and sync the name before anyone hears of it."""
         target = self._path(key)
-        self._make_directory(target.parent)
-        source.rename(target)
+        directory = os.path.dirname(target)
+        algorithm = os.path.dirname(directory)
+        if algorithm not in self._algorithms:
+            self._make_directories(Path(algorithm))
+        os.rename(source, target)
         if self._sync:
-            _sync_directory(target.parent)
+            _sync_directory(directory)
 
-    def _make_directory(self, directory: Path) -> None:
-        if directory in self._directories:
-            return
-        if directory != self.root / "blobs":
-            self._make_directory(directory.parent)
-        with contextlib.suppress(FileExistsError):
-            directory.mkdir(mode=0o750)
-        # Also where it was there already: who made it may have died before syncing.
+    def _make_directories(self, algorithm: Path) -> None:
+        """Make all directories of an algorithm: one by one, each would want a sync."""
+        for directory in (algorithm, *(algorithm / f"{number:02x}" for number in range(256))):
+            with contextlib.suppress(FileExistsError):
+                directory.mkdir(mode=0o750)
+        # Also where they were there already: who made them may have died before syncing.
         if self._sync:
-            _sync_directory(directory.parent)
-        self._directories.add(directory)
+            _sync_directory(algorithm)
+            _sync_directory(algorithm.parent)
+        self._algorithms.add(str(algorithm))
 
 
 class _FileUpload:
@@ -182,13 +185,26 @@ class _FileUpload:
         """Open and lock the file, and bring it to where the upload stands."""
         if self._descriptor >= 0:
             return
-        create = os.O_CREAT if may_create and self._offset == 0 else 0
+        if not (may_create and self._offset == 0 and self._create()):
+            self._open_present()
+
+    def _create(self) -> bool:
+        """Open and lock a new file; False where there is one."""
         try:
-            self._descriptor = os.open(self._path, os.O_RDWR | os.O_CLOEXEC | create, 0o640)
+            self._descriptor = os.open(self._path, os.O_RDWR | os.O_CLOEXEC | os.O_CREAT | os.O_EXCL, 0o640)
+        except FileExistsError:
+            return False
+        self._lock()
+        return True
+
+    def _open_present(self) -> None:
+        try:
+            self._descriptor = os.open(self._path, os.O_RDWR | os.O_CLOEXEC)
         except FileNotFoundError:
             raise UploadLost("the bytes of this upload are gone") from None
+        self._lock()
         try:
-            size = self._lock()
+            size = self._size()
             if size < self._offset:
                 raise UploadLost(f"{self._offset} bytes were received, {size} are left")
             if size > self._offset:
@@ -199,16 +215,24 @@ class _FileUpload:
             self._close()
             raise
 
-    def _lock(self) -> int:
-        """Keep everybody else away, and return the size of the file."""
+    def _lock(self) -> None:
+        """Keep everybody else away."""
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UploadBusy("another request is writing to this upload") from None
-        # Between open and lock the former holder may have renamed the file: it is a published blob now.
+        except OSError as error:
+            self._close()
+            if isinstance(error, BlockingIOError):
+                raise UploadBusy("another request is writing to this upload") from None
+            raise
+
+    def _size(self) -> int:
+        """Return the size of the file, if it is this upload's still.
+
+        Between opening and locking the former holder may have renamed it: then it is a published blob now.
+        """
         opened = os.fstat(self._descriptor)
         try:
-            named = self._path.stat()
+            named = os.stat(self._path)
         except FileNotFoundError:
             raise UploadLost("this upload was just finished or cancelled") from None
         if not os.path.samestat(named, opened):
@@ -257,7 +281,7 @@ class _FileUpload:
         if self._verified != digest:
             self._verify(digest)
         self._sync()
-        key = f"blobs/{digest.algorithm}/{digest.hex[:2]}/{digest.hex}.{self._path.name}"
+        key = f"blobs/{digest.algorithm}/{digest.hex[:2]}/{digest.hex}.{os.path.basename(self._path)}"
         self._store._publish(self._path, key)
         self._close()
         return key
@@ -290,7 +314,7 @@ class _FileUpload:
         # Only what is locked is ours to delete; where nothing is, nothing is to be done.
         with contextlib.suppress(UploadLost):
             self._open(may_create=False)
-            self._path.unlink(missing_ok=True)
+            Path(self._path).unlink(missing_ok=True)
         self._close()
 
     def _close(self) -> None:
@@ -300,8 +324,8 @@ class _FileUpload:
 
 
 class _FileContent:
-    def __init__(self, path: Path) -> None:
-        self.path: Path = path
+    def __init__(self, path: str) -> None:
+        self.path: str = path
 
     async def read(self, start: int, stop: int) -> AsyncIterator[bytes]:
         try:
@@ -310,11 +334,11 @@ class _FileContent:
                 while start < stop:
                     piece = await file.read(min(_READ_SIZE, stop - start))
                     if not piece:
-                        raise ContentMissing(f"{self.path.name} is shorter than {stop} bytes")
+                        raise ContentMissing(f"{self.path} is shorter than {stop} bytes")
                     start += len(piece)
                     yield piece
         except FileNotFoundError:
-            raise ContentMissing(f"no file {self.path.name}") from None
+            raise ContentMissing(f"no file {self.path}") from None
 
 
 def _restore(checkpoint: Checkpoint) -> Hasher | None:
@@ -347,7 +371,7 @@ def _write_all(descriptor: int, pieces: Sequence[bytes | memoryview], position: 
     return position
 
 
-def _sync_directory(directory: Path) -> None:
+def _sync_directory(directory: str | Path) -> None:
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)

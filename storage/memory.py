@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator, Sequence
-from pathlib import Path
 
 from storage.base import Checkpoint, StoredObject
 from storage.digest import Digest
@@ -120,7 +119,7 @@ class _MemoryUpload:
 
 class _MemoryContent:
     def __init__(self, stored: dict[str, bytes], key: str) -> None:
-        self.path: Path | None = None
+        self.path: str | None = None
         self._stored = stored
         self._key = key
 

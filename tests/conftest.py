@@ -14,7 +14,7 @@ import pytest
 from aiohttp.test_utils import TestClient, TestServer
 from aiohttp.web_runner import AppRunner, BaseRunner
 
-from registry.app import build
+from registry.app import ANSWERS, build
 from registry.config import Settings, load
 from registry.metadata.engine import Database
 from registry.metadata.schema import upgrade
@@ -66,7 +66,7 @@ class _Runner(AppRunner):
     @property
     def server(self) -> Any:
         http = super().server
-        return None if http is None else lambda: accept(http)
+        return None if http is None else lambda: accept(http, self.app[ANSWERS])
 
 
 class _Server(TestServer):

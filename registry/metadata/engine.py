@@ -88,6 +88,14 @@ class Database:
         """
         return await self._threads.run(self._read, lambda connection: unit(connection, *args, **kwargs))
 
+    async def look_up(self, unit: Unit[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Run a unit that is one prepared statement, which is a snapshot by itself.
+
+        Raises:
+            MetadataUnavailable: the database did not answer.
+        """
+        return await self._threads.run(self._look_up, lambda connection: unit(connection, *args, **kwargs))
+
     async def write(self, unit: Unit[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Run a unit, commit, and return its result once the commit is on the disk.
 
@@ -120,11 +128,23 @@ class Database:
 
     def _read(self, work: Callable[[Connection], T]) -> T:
         with _sql_errors():
-            connection = getattr(self._local, "connection", None)
-            if connection is None:
-                connection = self._local.connection = self._reader.connect()
+            connection = self._reading()
             with connection.begin():
                 return work(connection)
+
+    def _look_up(self, work: Callable[[Connection], T]) -> T:
+        with _sql_errors():
+            connection = self._reading()
+            found = work(connection)
+            assert not connection.in_transaction(), "not a prepared statement"
+            return found
+
+    def _reading(self) -> Connection:
+        """Return this thread's connection."""
+        connection: Connection | None = getattr(self._local, "connection", None)
+        if connection is None:
+            connection = self._local.connection = self._reader.connect()
+        return connection
 
     def _write_all(self) -> None:
         while (batch := self._next_batch())[-1] is not None:

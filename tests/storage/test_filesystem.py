@@ -181,7 +181,7 @@ async def test_a_published_file_says_its_digest_and_its_upload(store: Filesystem
     key = await stored(store, CONTENT, "an-upload")
     digest = Digest.of(CONTENT)
     assert key == f"blobs/sha256/{digest.hex[:2]}/{digest.hex}.an-upload"
-    assert store.open(key).path == store.root / key
+    assert store.open(key).path == str(store.root / key)
 
 
 @pytest.mark.parametrize(
@@ -246,7 +246,7 @@ async def test_a_file_that_is_not_ours_does_not_stop_the_listing(store: Filesyst
 
 @needs_root
 async def test_a_commit_without_room_for_a_name_publishes_nothing_and_can_be_repeated(tmp_path: Path) -> None:
-    with small_disk(tmp_path / "disk", "size=8m,nr_inodes=12") as disk:
+    with small_disk(tmp_path / "disk", "size=8m,nr_inodes=300") as disk:
         store = FilesystemStore(disk / "data")
         upload = await begun(store, CONTENT)
         fillers = take_inodes(disk)

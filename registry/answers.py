@@ -1,0 +1,137 @@
+"""Answers that are given again.
+
+A fleet asks for the same few manifests, each client in the same words. As long as nothing was written, the same bytes
+asked get the same bytes answered, whatever stands in them: path, Accept, credentials, conditions. So the whole head of
+a request is the key, and an answer found under it needs no parsing, no routing and no look-up; only its date and its
+request id are new. A handler says which of its answers depend on nothing but the head and the epoch of `cache.py`.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable
+from email.utils import formatdate
+from functools import lru_cache
+from typing import Final, NamedTuple
+
+from aiohttp import hdrs, web
+
+from registry.cache import ENTRY_SIZE, Cache
+from registry.logs import Access
+from registry.record import Recorder
+from registry.responses import REPEATABLE, ROUTE
+
+#: A head that is understood by us as by any parser, and that no body follows. [RFC 9112, 2 to 6]
+_PLAIN: Final = re.compile(
+    rb"(?:GET|HEAD) [!-~]+ HTTP/1\.1\r\n(?:[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t -~\x80-\xff]*\r\n)+\r\n"
+)
+_UNPLAIN: Final = re.compile(rb"\r\n(?:content-length|transfer-encoding|upgrade|expect|x-request-id):", re.IGNORECASE)
+#: Larger bodies are not worth their memory: what counts for them is the way through the socket.
+_BODY_LIMIT: Final = 16 << 10
+#: How many heads that were asked once are told from those that were not.
+_MARKS_LIMIT: Final = 4096
+#: What is new in each answer.
+_OWN: Final = frozenset(["date", "x-request-id"])
+
+
+class Answer(NamedTuple):
+    """An answer as it goes out, but for its own lines, and what the log says of it."""
+
+    start: bytes
+    end: bytes
+    method: str
+    path: str
+    route: str
+    status: int
+    size: int
+    agent: str
+
+
+def is_plain(data: bytes) -> bool:
+    """Return whether `data` is the head of one request without a body, all of it and nothing else."""
+    return _PLAIN.fullmatch(data) is not None and _UNPLAIN.search(data) is None
+
+
+class Answers:
+    """What was answered lately."""
+
+    def __init__(self, cache: Cache, recorder: Recorder) -> None:
+        """Remember in `cache`; let `recorder` count and log what is given again."""
+        self._cache = cache
+        self._recorder = recorder
+        self._marks: set[int] = set()
+        self._is_ended = False
+        self.epoch: Callable[[], int] = cache.epoch
+
+    def end(self) -> None:
+        """Give nothing again from now on: connections shall end with their next answers."""
+        self._is_ended = True
+
+    def find(self, head: bytes) -> Answer | None:
+        """Return what these bytes are answered now, as far as it is known."""
+        found = self._cache.get(head)
+        return found if isinstance(found, Answer) and not self._is_ended else None
+
+    def give(self, answer: Answer, remote: str) -> bytes:
+        """Return the bytes to send to `remote`, and count and log them."""
+        began = time.perf_counter()
+        request_id = self._recorder.next_id()
+        own = f"Date: {_date(int(time.time()))}\r\nX-Request-Id: {request_id}\r\n\r\n".encode()
+        data = b"".join((answer.start, own, answer.end))
+        self._recorder.record(
+            answer.route,
+            Access(
+                at=time.time(),
+                method=answer.method,
+                path=answer.path,
+                status=answer.status,
+                bytes_in=0,
+                bytes_out=answer.size,
+                duration=time.perf_counter() - began,
+                remote=remote,
+                request_id=request_id,
+                agent=answer.agent,
+            ),
+        )
+        return data
+
+    def remember(self, head: bytes, epoch: int, request: web.BaseRequest, response: web.StreamResponse) -> None:
+        """Keep what was answered to `head`, which came in `epoch`, if its handler said that it can be repeated."""
+        if REPEATABLE not in request or not isinstance(response, web.Response) or not response.keep_alive:
+            return
+        is_head = request.method == hdrs.METH_HEAD
+        body = b"" if is_head else response.body or b""
+        if not isinstance(body, bytes) or len(body) > _BODY_LIMIT:
+            return
+        if not self._is_asked_again(head):
+            return
+        lines = [f"{name}: {value}\r\n" for name, value in response.headers.items() if name.lower() not in _OWN]
+        start = f"HTTP/1.1 {response.status} {response.reason}\r\n{''.join(lines)}".encode()
+        answer = Answer(
+            start,
+            body,
+            request.method,
+            request.path,
+            request[ROUTE],
+            response.status,
+            len(body),
+            request.headers.get(hdrs.USER_AGENT, ""),
+        )
+        self._cache.put(head, answer, epoch, ENTRY_SIZE + len(head) + len(start) + len(body))
+
+    def _is_asked_again(self, head: bytes) -> bool:
+        """Tell what is asked twice from what is asked once, which would only push out the rest."""
+        mark = hash(head)
+        if mark in self._marks:
+            return True
+        if len(self._marks) >= _MARKS_LIMIT:
+            self._marks.clear()
+        self._marks.add(mark)
+        return False
+
+
+@lru_cache(maxsize=1)
+def _date(second: int) -> str:
+    """Return a `Date`, made once a second. [RFC 9110, 5.6.7]"""
+    return formatdate(second, usegmt=True)

@@ -1,0 +1,139 @@
+"""Bodies in chunked encoding, read from a socket in a thread. [RFC 9112, 7.1]
+
+What is received goes into one of two large buffers, and the chunks are found there: no byte is copied before it is
+hashed and written, but for moving together what stood between two chunk headers.
+"""
+
+from __future__ import annotations
+
+import re
+import select
+import socket
+from typing import Final
+
+from registry.errors import BadRequest, RegistryError, SizeInvalid
+
+#: A line that gives a chunk's size; extensions are allowed and mean nothing.
+_SIZE_LINE: Final = re.compile(rb"([0-9a-fA-F]{1,15})[ \t]*(?:;[^\r\n]*)?")
+_LINE_LIMIT: Final = 1024
+#: How long a thread waits for more, in milliseconds, and how often before it goes back to the pool.
+_PAUSE: Final = 5
+_PATIENCE: Final = 10
+
+Piece = bytes | memoryview
+
+
+class ChunkedBody:
+    """Reads chunks from a socket. One thread at a time."""
+
+    def __init__(self, start: bytes) -> None:
+        self.is_finished = False
+        #: Bytes of the current chunk that have not come yet.
+        self.remaining = 0
+        #: Bytes of the line end after a chunk that have not come yet.
+        self.to_skip = 0
+        #: Received and not understood yet, or not ours.
+        self.rest = start
+        self._is_trailer = False
+        self._failure: RegistryError | None = None
+        #: How far the current buffer was understood, and where the content found in it ends.
+        self._position = self._content = 0
+        self._buffers = [bytearray(), bytearray()]
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether there is nothing to do until more comes."""
+        return not self.is_finished and self._failure is None
+
+    def read(self, sock: socket.socket, size: int) -> memoryview:
+        """Return what comes: a buffer full, or less when the client pauses.
+
+        The kernel is asked to wake us for much at once; a client that sends 32 KiB at a time would wake us for each.
+        """
+        if self._failure is not None:
+            raise self._failure
+        buffer = self._next_buffer(max(size, 2 * len(self.rest)))
+        buffer[: len(self.rest)] = self.rest
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, len(buffer) // 4)
+        try:
+            return self._fill(sock, memoryview(buffer), len(self.rest))
+        finally:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1)
+
+    def _fill(self, sock: socket.socket, view: memoryview, filled: int) -> memoryview:
+        poll = select.poll()
+        poll.register(sock, select.POLLIN)
+        patience = _PATIENCE
+        self._position = self._content = 0
+        try:
+            self._parse(view, filled)
+            while not self.is_finished and filled < len(view) and patience:
+                received = _receive(sock, view[filled:])
+                if received is None:
+                    # The end of a body may be less than what the kernel waits for: look now and then.
+                    patience -= not poll.poll(_PAUSE)
+                    continue
+                filled += received
+                self._parse(view, filled)
+        except RegistryError as error:
+            # What came before is good; the next call says what is wrong.
+            self._failure = error
+        self.rest = bytes(view[self._position : filled])
+        return view[: self._content]
+
+    def _next_buffer(self, size: int) -> bytearray:
+        self._buffers.reverse()
+        if len(self._buffers[0]) != size:
+            self._buffers[0] = bytearray(size)
+        return self._buffers[0]
+
+    def _parse(self, view: memoryview, end: int) -> None:
+        """Find the chunks in what was received up to `end`, and move what they hold together at the front."""
+        while self._position < end and not self.is_finished:
+            if self.remaining:
+                taken = self._take_content(view, end)
+            elif self.to_skip:
+                taken = 1
+                if view[self._position] != b"\r\n"[2 - self.to_skip]:
+                    raise BadRequest("a chunk is longer than its header says")
+                self.to_skip -= 1
+            else:
+                line = bytes(view[self._position : min(end, self._position + _LINE_LIMIT)])
+                taken = line.find(b"\r\n") + 2
+                if taken < 2:
+                    if len(line) == _LINE_LIMIT:
+                        raise BadRequest("a chunk header is too long")
+                    return
+                self._take_line(line[: taken - 2])
+            self._position += taken
+
+    def _take_content(self, view: memoryview, end: int) -> int:
+        taken = min(self.remaining, end - self._position)
+        view[self._content : self._content + taken] = view[self._position : self._position + taken]
+        self._content += taken
+        self.remaining -= taken
+        self.to_skip = 0 if self.remaining else 2
+        return taken
+
+    def _take_line(self, line: bytes) -> None:
+        if self._is_trailer:
+            self.is_finished = not line
+            return
+        match = _SIZE_LINE.fullmatch(line)
+        if match is None:
+            raise BadRequest("a chunk header is not a size")
+        self.remaining = int(match[1], 16)
+        self._is_trailer = not self.remaining
+
+
+def _receive(sock: socket.socket, into: memoryview) -> int | None:
+    """Return how many bytes came, None where there are none yet."""
+    try:
+        received = sock.recv_into(into)
+    except BlockingIOError:
+        return None
+    except OSError as error:
+        raise SizeInvalid(f"the connection broke: {error.strerror}") from None
+    if not received:
+        raise SizeInvalid("the body ended early")
+    return received

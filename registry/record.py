@@ -1,0 +1,30 @@
+"""What is kept of every request that was answered: its name, its numbers, its line in the log."""
+
+from __future__ import annotations
+
+import itertools
+import secrets
+
+from registry.logs import Access, AccessLog
+from registry.metrics import Metrics
+
+
+class Recorder:
+    """Counts and logs."""
+
+    def __init__(self, metrics: Metrics, access_log: AccessLog | None) -> None:
+        """Count into `metrics`; log to `access_log`, if any."""
+        self._metrics = metrics
+        self._access_log = access_log
+        self._run = secrets.token_hex(4)
+        self._numbers = itertools.count(1)
+
+    def next_id(self) -> str:
+        """Return an id for a request that brought none."""
+        return f"{self._run}-{next(self._numbers):06x}"
+
+    def record(self, route: str, entry: Access) -> None:
+        """Take in a request to an endpoint."""
+        self._metrics.count(route, entry.method, entry.status, entry.duration, entry.bytes_in, entry.bytes_out)
+        if self._access_log:
+            self._access_log.add(entry)
