@@ -19,7 +19,7 @@ from aiohttp import hdrs, web
 
 from registry.cache import ENTRY_SIZE, Cache
 from registry.logs import Access
-from registry.record import Recorder
+from registry.record import Recorder, logged_path
 from registry.responses import REPEATABLE, ROUTE
 
 #: A head that is understood by us as by any parser, and that no body follows. [RFC 9112, 2 to 6]
@@ -31,6 +31,7 @@ _UNPLAIN: Final = re.compile(rb"\r\n(?:content-length|transfer-encoding|upgrade|
 _BODY_LIMIT: Final = 16 << 10
 #: How many heads that were asked once are told from those that were not.
 _MARKS_LIMIT: Final = 4096
+_FAILURE: Final = 400
 #: What is new in each answer.
 _OWN: Final = frozenset(["date", "x-request-id"])
 
@@ -100,6 +101,9 @@ class Answers:
         """Keep what was answered to `head`, which came in `epoch`, if its handler said that it can be repeated."""
         if REPEATABLE not in request or not isinstance(response, web.Response) or not response.keep_alive:
             return
+        if response.status >= _FAILURE:
+            # Something went wrong after the handler had said so.
+            return
         is_head = request.method == hdrs.METH_HEAD
         body = b"" if is_head else response.body or b""
         if not isinstance(body, bytes) or len(body) > _BODY_LIMIT:
@@ -112,7 +116,7 @@ class Answers:
             start,
             body,
             request.method,
-            request.path,
+            logged_path(request),
             request[ROUTE],
             response.status,
             len(body),

@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
 from aiohttp import web
 
 from registry.access import OpenAccess, Right
+from registry.affinity import Affinity
 from registry.answers import Answers
 from registry.blobs import Blobs
 from registry.browse import Browse
@@ -48,18 +49,20 @@ class Process:
         is_first: it also does what one process must do for all: sweeping.
         recover: the last run did not end well; what it left is older than this. Seconds since the epoch.
         shared: a directory for what the processes tell each other.
+        affinity: which processor its threads keep to.
     """
 
     alone: bool = True
     is_first: bool = True
     recover: float | None = None
     shared: Path | None = None
+    affinity: Affinity = field(default_factory=lambda: Affinity(enabled=False))
 
 
-def open_store(settings: Settings) -> Store:
-    """Return the store that the settings name."""
+def open_store(settings: Settings, affinity: Affinity) -> Store:
+    """Return the store that the settings name; its threads for small jobs keep to the processor of `affinity`."""
     files = settings.storage.filesystem
-    return FilesystemStore(Path(files.root), sync=files.sync)
+    return FilesystemStore(Path(files.root), sync=files.sync, begin=affinity.join)
 
 
 def build(settings: Settings, *, process: Process | None = None, store: Store | None = None) -> web.Application:
@@ -71,13 +74,13 @@ def build(settings: Settings, *, process: Process | None = None, store: Store | 
         store: another store than the settings name, for tests.
     """
     process = process or Process()
-    store = store or open_store(settings)
-    database = Database(settings.database.url, sync=settings.database.sync)
+    store = store or open_store(settings, process.affinity)
+    database = Database(settings.database.url, sync=settings.database.sync, begin=process.affinity.join)
     contents = Contents(database, settings.cache.bytes, alone=process.alone)
     fresh = FreshSessions(store, database, enabled=process.alone)
     access = OpenAccess()
     receiver = Receiver(settings.uploads.concurrent, settings.uploads.buffer_bytes, settings.uploads.stall_seconds)
-    sender = Sender(16, settings.uploads.stall_seconds)
+    sender = Sender(16, settings.uploads.stall_seconds, begin=process.affinity.join)
     metrics = Metrics(process.shared)
     access_log = AccessLog(as_json=is_json(settings.log)) if settings.log.access else None
     sweeper = Sweeper(store, database, settings.uploads.idle_seconds, settings.uploads.sweep_seconds)
@@ -102,7 +105,7 @@ def build(settings: Settings, *, process: Process | None = None, store: Store | 
 
     async def life(_: web.Application) -> AsyncIterator[None]:
         await sweeper.start(first=process.is_first, recover=process.recover)
-        ticking = asyncio.create_task(_tick(metrics, access_log))
+        ticking = asyncio.create_task(_tick(metrics, access_log, process.affinity))
         yield
         ticking.cancel()
         with contextlib.suppress(asyncio.CancelledError):
@@ -163,10 +166,11 @@ async def _to_base(_: web.Request) -> web.StreamResponse:
     return web.Response(status=301, headers={"Location": "/v2/"})
 
 
-async def _tick(metrics: Metrics, access_log: AccessLog | None) -> None:
-    """Write what was logged, and tell the other processes what was counted, twice a second."""
+async def _tick(metrics: Metrics, access_log: AccessLog | None, affinity: Affinity) -> None:
+    """Write what was logged, tell the other processes what was counted, look at the processors, twice a second."""
     while True:
         await asyncio.sleep(0.5)
         if access_log:
             access_log.flush()
         await asyncio.to_thread(metrics.share)
+        await asyncio.to_thread(affinity.look)

@@ -34,6 +34,7 @@ class ServerSettings(_Table, frozen=True):
 
     listen: str = "127.0.0.1:5000"
     workers: _Positive = 1
+    affinity: bool = True
     drain_seconds: _Positive = 20
     allow_open: bool = False
     behind_proxy: bool = False

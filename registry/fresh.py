@@ -159,7 +159,10 @@ class FreshSessions:
             checkpoint = session.start
             if session.content:
                 upload = self._store.resume(checkpoint)
-                await upload.write([session.content], last=True)
+                try:
+                    await upload.write([session.content], last=True)
+                finally:
+                    await upload.suspend()
                 checkpoint = upload.checkpoint()
             await self._database.note(sessions.create, session.id, session.repository, checkpoint)
             del self._sessions[session.id]

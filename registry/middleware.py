@@ -8,7 +8,6 @@ import re
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any, Final
-from urllib.parse import urlencode
 
 import structlog
 from aiohttp import hdrs, web
@@ -32,7 +31,7 @@ from registry.errors import (
     UploadConflict,
 )
 from registry.logs import Access
-from registry.record import Recorder
+from registry.record import Recorder, logged_path
 from registry.responses import BYTES_IN, REQUEST_ID, ROUTE, json_response, sign
 from registry.transfer import is_waiting, leave_body
 from storage import errors as storage_errors
@@ -40,23 +39,6 @@ from storage import errors as storage_errors
 _Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 _REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
-
-#: Parameters of the protocol and the API; of any other the value might be a password.
-_HARMLESS: Final = frozenset(
-    [
-        "artifactType",
-        "digest",
-        "digest-algorithm",
-        "from",
-        "last",
-        "mount",
-        "n",
-        "path",
-        "reference",
-        "repository",
-        "tag",
-    ]
-)
 
 #: What an error from below the registry means to a client.
 _MEANING: Final[dict[type[Exception], type[RegistryError]]] = {
@@ -133,7 +115,7 @@ class Observer:
             Access(
                 at=time.time(),
                 method=request.method,
-                path=_logged_path(request),
+                path=logged_path(request),
                 status=response.status,
                 bytes_in=request.get(BYTES_IN, 0),
                 bytes_out=0 if is_empty else response.content_length or 0,
@@ -143,14 +125,6 @@ class Observer:
                 agent=request.headers.get(hdrs.USER_AGENT, ""),
             ),
         )
-
-
-def _logged_path(request: web.Request) -> str:
-    """Return the path with those parameters that cannot be secrets."""
-    if not request.query_string:
-        return request.path
-    shown = [(name, value) for name, value in request.query.items() if name in _HARMLESS]
-    return f"{request.path}?{urlencode(shown, safe='/:')}" if shown else request.path
 
 
 def _route(request: web.Request) -> str:

@@ -4,9 +4,30 @@ from __future__ import annotations
 
 import itertools
 import secrets
+from typing import Final
+from urllib.parse import urlencode
+
+from aiohttp import web
 
 from registry.logs import Access, AccessLog
 from registry.metrics import Metrics
+
+#: Parameters of the protocol and the API; of any other the value might be a password.
+_HARMLESS: Final = frozenset(
+    [
+        "artifactType",
+        "digest",
+        "digest-algorithm",
+        "from",
+        "last",
+        "mount",
+        "n",
+        "path",
+        "reference",
+        "repository",
+        "tag",
+    ]
+)
 
 
 class Recorder:
@@ -28,3 +49,11 @@ class Recorder:
         self._metrics.count(route, entry.method, entry.status, entry.duration, entry.bytes_in, entry.bytes_out)
         if self._access_log:
             self._access_log.add(entry)
+
+
+def logged_path(request: web.BaseRequest) -> str:
+    """Return the path with those parameters that cannot be secrets."""
+    if not request.query_string:
+        return request.path
+    shown = [(name, value) for name, value in request.query.items() if name in _HARMLESS]
+    return f"{request.path}?{urlencode(shown, safe='/:')}" if shown else request.path

@@ -24,6 +24,7 @@ from typing import Any, Final, NoReturn
 import structlog
 from aiohttp import web
 
+from registry.affinity import Affinity
 from registry.app import ANSWERS, OBSERVER, Process, build
 from registry.config import Settings, is_loopback, parse_listen
 from registry.errors import ConfigurationError, MetadataError
@@ -83,7 +84,8 @@ def serve(settings: Settings, announce: Callable[[str], None]) -> int:
         with contextlib.ExitStack() as stack:
             if settings.server.workers == 1:
                 server = _Server(settings, sockets, recover)
-                return _run(_serve(server, Process(recover=recover), lambda: announce(url)))
+                process = Process(recover=recover, affinity=_affinity(settings))
+                return _run(_serve(server, process, lambda: announce(url)))
             shared = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="hythe-")))
             return _supervise(_Server(settings, sockets, recover, shared), lambda: announce(url))
 
@@ -193,6 +195,10 @@ def _url(sock: socket.socket, settings: Settings) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
+def _affinity(settings: Settings, index: int = 0) -> Affinity:
+    return Affinity(index, enabled=settings.server.affinity)
+
+
 def _calm_collector() -> None:
     """Let Python look for cyclic garbage less often: what requests leave behind has next to none.
 
@@ -249,6 +255,7 @@ async def _serve(server: _Server, process: Process, ready: Callable[[], None], i
         loop.add_signal_handler(number, stop.set)
     if parent >= 0:
         loop.add_reader(parent, stop.set)
+    process.affinity.join()
     _calm_collector()
     ready()
     await stop.wait()
@@ -344,7 +351,13 @@ def _close(sockets: Iterable[list[socket.socket]]) -> None:
 def _work(server: _Server, index: int, alive: int, recover: float | None) -> NoReturn:
     code = 1
     try:
-        process = Process(alone=False, is_first=index == 0, recover=recover, shared=server.shared)
+        process = Process(
+            alone=False,
+            is_first=index == 0,
+            recover=recover,
+            shared=server.shared,
+            affinity=_affinity(server.settings, index),
+        )
         code = _run(_serve(server, process, lambda: None, index, alive))
     except BaseException as error:
         log.error("worker failed", worker=index, exc_info=error)

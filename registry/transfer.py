@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import select
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Final
 
@@ -24,6 +24,7 @@ from storage.threads import Threads
 _PIECE_SIZE: Final = 1 << 20
 #: Threads that read from sockets; slow clients do not keep them.
 _READERS: Final = 8
+_OPENERS: Final = 4
 _PIECE_MINIMUM: Final = 64 << 10
 #: Content up to this size is read and sent like any other response; above it the kernel sends the file.
 _INLINE_SIZE: Final = 64 << 10
@@ -188,8 +189,12 @@ class Sender:
     a wake-up of the loop for each filled socket buffer.
     """
 
-    def __init__(self, threads: int, stall_seconds: float) -> None:
-        """Send with up to `threads` threads; drop clients that take nothing for `stall_seconds`."""
+    def __init__(self, threads: int, stall_seconds: float, *, begin: Callable[[], None] | None = None) -> None:
+        """Send with up to `threads` threads; drop clients that take nothing for `stall_seconds`.
+
+        `begin` is called in each of the threads that open files and read small ones, as it starts.
+        """
+        self._openers = Threads(_OPENERS, "open", begin)
         self._threads = Threads(threads, "send")
         self._stall = stall_seconds
 
@@ -205,7 +210,7 @@ class Sender:
         """Answer `request` with the bytes from `start` up to but not including `stop`."""
         if content.path is None:
             return await self._stream(request, content, start, stop, _begun(request, status, headers))
-        opened = await self._threads.run(_open, content.path, start, stop - start)
+        opened = await self._openers.run(_open, content.path, start, stop - start)
         if isinstance(opened, bytes):
             return web.Response(body=opened, status=status, headers=headers)
         response = _begun(request, status, headers)
@@ -222,6 +227,7 @@ class Sender:
 
     async def close(self) -> None:
         """End the threads."""
+        await self._openers.close()
         await self._threads.close()
 
     async def _stream(

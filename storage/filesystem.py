@@ -16,7 +16,7 @@ import errno
 import fcntl
 import os
 import re
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -29,6 +29,8 @@ from storage.errors import ContentMissing, DigestMismatch, OutOfSpace, StorageEr
 from storage.threads import Threads
 
 _READ_SIZE: Final = 1 << 20
+#: Content up to this size is a small job: what it takes is system calls, not hashing and copying.
+_SMALL_SIZE: Final = 64 << 10
 #: pwritev takes at most this many pieces. [POSIX: IOV_MAX]
 _PIECES_LIMIT: Final = 1024
 #: How far the data may run ahead of the disk before the kernel is asked to start writing it.
@@ -42,17 +44,21 @@ _KEY: Final = re.compile(r"uploads/[\w-]+|blobs/\w+/[0-9a-f]{2}/[0-9a-f]+\.[\w-]
 class FilesystemStore:
     """A store in one directory. [storage/base.py has the contract]"""
 
-    def __init__(self, root: Path, *, sync: bool = True, threads: int = 16) -> None:
+    def __init__(
+        self, root: Path, *, sync: bool = True, threads: int = 16, begin: Callable[[], None] | None = None
+    ) -> None:
         """Keep everything below `root`, created where absent.
 
         Args:
             root: a directory on a filesystem with rename and flock.
             sync: False answers before the bytes are on the disk: faster, and a power cut may lose them.
-            threads: how many jobs may be at the disk at once.
+            threads: how many large jobs may be at the disk at once, and how many small ones.
+            begin: called in each thread for small jobs as it starts.
         """
         self.root = root.absolute()
         self._sync = sync
         self._threads = Threads(threads, "disk")
+        self._small = Threads(threads, "disk-small", begin)
         self._algorithms: set[str] = set()
         (self.root / "uploads").mkdir(mode=0o750, parents=True, exist_ok=True)
         (self.root / "blobs").mkdir(mode=0o750, exist_ok=True)
@@ -80,6 +86,7 @@ class FilesystemStore:
             await self._threads.run(self._write_probe)
 
     async def close(self) -> None:
+        await self._small.close()
         await self._threads.close()
 
     def _path(self, key: str) -> str:
@@ -172,7 +179,9 @@ class _FileUpload:
 
     async def commit(self, digest: Digest, last: Sequence[bytes | memoryview] = ()) -> str:
         with _disk_errors():
-            return await self._store._threads.run(self._commit, digest, last)
+            is_small = self._offset + sum(map(len, last)) <= _SMALL_SIZE
+            threads = self._store._small if is_small else self._store._threads
+            return await threads.run(self._commit, digest, last)
 
     async def suspend(self) -> None:
         if self._descriptor >= 0:

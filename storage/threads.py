@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 from collections.abc import Callable
 from functools import partial
 from queue import SimpleQueue
 from threading import Thread
-from typing import Any, Generic, ParamSpec, TypeVar
+from typing import Any, Final, Generic, ParamSpec, TypeVar
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -72,11 +73,28 @@ class _Ended(asyncio.Future[T]):
         return False
 
 
+_PROCESSORS: Final = os.sched_getaffinity(0)
+
+
+def _run_anywhere() -> None:
+    # They may have been taken from us since; then the kernel has chosen others.
+    with contextlib.suppress(OSError):
+        os.sched_setaffinity(0, _PROCESSORS)
+
+
 class Threads:
     """Up to `limit` threads, started when they are needed, which take jobs in turn."""
 
-    def __init__(self, limit: int, name: str) -> None:
-        """Allow so many; `name` is what a debugger shows."""
+    def __init__(self, limit: int, name: str, begin: Callable[[], None] | None = None) -> None:
+        """Allow so many threads.
+
+        Args:
+            limit: of threads.
+            name: what a debugger shows.
+            begin: called in each thread as it starts. Without it they run on any processor, also where the thread
+                that started them keeps to one.
+        """
+        self._begin = begin or _run_anywhere
         self._limit = limit
         self._name = name
         self._jobs: SimpleQueue[Job[Any] | None] = SimpleQueue()
@@ -109,6 +127,7 @@ class Threads:
             thread.start()
 
     def _work(self) -> None:
+        self._begin()
         while (job := self._jobs.get()) is not None:
             job.run()
             del job

@@ -14,7 +14,7 @@ import pytest
 from aiohttp.test_utils import TestClient, TestServer
 from aiohttp.web_runner import AppRunner, BaseRunner
 
-from registry.app import ANSWERS, build
+from registry.app import ANSWERS, Process, build
 from registry.config import Settings, load
 from registry.metadata.engine import Database
 from registry.metadata.schema import upgrade
@@ -70,24 +70,43 @@ class _Runner(AppRunner):
 
 
 class _Server(TestServer):
+    keepalive_timeout = 75.0
+
     async def _make_runner(self, **kwargs: Any) -> BaseRunner:
         # aiohttp's test server cancels the handlers of cut connections; ours lets them keep what arrived.
         kwargs["handler_cancellation"] = False
-        return _Runner(self.app, access_log=None, shutdown_timeout=5, max_field_size=16384, **kwargs)
+        return _Runner(
+            self.app,
+            access_log=None,
+            shutdown_timeout=5,
+            max_field_size=16384,
+            keepalive_timeout=self.keepalive_timeout,
+            **kwargs,
+        )
 
 
 @pytest.fixture
-async def start(settings: Settings) -> AsyncIterator[Start]:
+def process() -> Process:
+    """What the registries of this process take themselves for; a module may have its own."""
+    return Process()
+
+
+@pytest.fixture
+async def start(settings: Settings, process: Process) -> AsyncIterator[Start]:
     """Start registries: `client = await start(registry={"delete": False})`, perhaps with `store=`."""
     clients: list[Client] = []
 
-    async def start_one(store: Store | None = None, **tables: dict[str, object]) -> Client:
+    async def start_one(
+        store: Store | None = None, keepalive_timeout: float = 75.0, **tables: dict[str, object]
+    ) -> Client:
         tree = msgspec.to_builtins(settings)
         for name, values in tables.items():
             tree[name] |= values
         changed = msgspec.convert(tree, Settings)
         upgrade(changed.database.url)
-        client = TestClient(_Server(build(changed, store=store)))
+        server = _Server(build(changed, process=process, store=store))
+        server.keepalive_timeout = keepalive_timeout
+        client = TestClient(server)
         await client.start_server()
         clients.append(client)
         return client

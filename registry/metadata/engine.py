@@ -61,17 +61,19 @@ class _MustBeUndone(Exception):
 class Database:
     """A SQLite file in WAL mode: one writer thread, some reader threads."""
 
-    def __init__(self, url: str, *, sync: bool = True) -> None:
+    def __init__(self, url: str, *, sync: bool = True, begin: Callable[[], None] | None = None) -> None:
         """Open the database behind `url` (`sqlite:///PATH`), which must have been migrated.
 
         Args:
             url: as SQLAlchemy writes it.
             sync: False answers before a commit is on the disk.
+            begin: called in each of its threads as it starts.
         """
         self.path = sqlite_path(url)
         self._writer = _engine(self.path, "IMMEDIATE")
         self._reader = _engine(self.path, "DEFERRED")
-        self._threads = Threads(_READERS, "sql-reader")
+        self._threads = Threads(_READERS, "sql-reader", begin)
+        self._begin = begin
         self._local = threading.local()
         self._sync = sync
         self._synchronous = "FULL"
@@ -147,6 +149,8 @@ class Database:
         return connection
 
     def _write_all(self) -> None:
+        if self._begin:
+            self._begin()
         while (batch := self._next_batch())[-1] is not None:
             self._write_batch([write for write in batch if write])
         self._write_batch([write for write in batch if write])

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from registry.app import Process
 from registry.config import Settings
 from storage.digest import HEX_LENGTH
 from tests.conftest import Start
@@ -17,6 +18,12 @@ from tests.registry.talk import Answer, Wire, ask, begin, files_below, in_pieces
 CONTENT = secrets.token_bytes(3000)
 DIGEST = digest_of(CONTENT)
 UPLOADS = "/v2/org/team/app/blobs/uploads/"
+
+
+@pytest.fixture(params=[True, False], ids=["alone", "one of several"])
+def process(request: pytest.FixtureRequest) -> Process:
+    """A registry that may keep new sessions to itself for a moment, and one that may not."""
+    return Process(alone=request.param)
 
 
 async def patch(client: Client, location: str, begin: int, end: int, content: bytes = CONTENT) -> Answer:

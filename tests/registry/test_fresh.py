@@ -1,0 +1,254 @@
+"""Sessions of the last moment: quick uploads leave no row, all others lose nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import sqlite3
+from collections.abc import AsyncIterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+import registry.fresh
+from registry.config import Settings
+from registry.errors import BlobUploadUnknown, UploadConflict
+from registry.fresh import FreshSessions
+from registry.metadata import sessions
+from registry.metadata.engine import Database, sqlite_path
+from registry.metadata.sessions import Session
+from storage.digest import Digest
+from storage.errors import OutOfSpace
+from storage.memory import MemoryStore
+from storage.names import RepositoryName
+from tests.content import Client, digest_of
+from tests.registry.talk import ask, begin, files_below, in_pieces
+
+NAME = RepositoryName("org/app")
+CONTENT = secrets.token_bytes(3000)
+
+
+@pytest.fixture
+def store() -> MemoryStore:
+    return MemoryStore()
+
+
+@pytest.fixture
+async def fresh(store: MemoryStore, database: Database) -> AsyncIterator[FreshSessions]:
+    made = FreshSessions(store, database, enabled=True)
+    yield made
+    await made.close()
+
+
+async def opened(fresh: FreshSessions, store: MemoryStore, content: bytes = b"", name: str = "one") -> None:
+    await fresh.add(name, NAME, store.begin(name, "sha256"))
+    if content:
+        assert fresh.keep(name, NAME, content)
+
+
+async def found(database: Database, name: str = "one") -> Session | None:
+    try:
+        return await database.look_up(sessions.find, name, NAME)
+    except BlobUploadUnknown:
+        return None
+
+
+async def comes_to_have_a_row(database: Database, name: str = "one") -> Session:
+    for _ in range(500):
+        if session := await found(database, name):
+            return session
+        await asyncio.sleep(0.01)
+    raise AssertionError("no row")
+
+
+@pytest.mark.parametrize("content", [b"", CONTENT])
+async def test_after_a_moment_a_session_has_its_row_and_the_store_its_bytes(
+    fresh: FreshSessions, store: MemoryStore, database: Database, content: bytes
+) -> None:
+    await opened(fresh, store, content)
+    assert await found(database) is None
+    assert fresh.offset("one", NAME) == len(content)
+    session = await comes_to_have_a_row(database)
+    assert session.checkpoint.offset == len(content)
+    assert len(fresh) == 0
+    assert fresh.offset("one", NAME) is None
+    upload = store.resume(session.checkpoint)
+    await upload.write([b"more"])
+    assert await upload.commit(Digest.of(content + b"more"))
+
+
+async def test_only_the_first_bytes_are_kept_and_only_few(fresh: FreshSessions, store: MemoryStore) -> None:
+    await opened(fresh, store)
+    assert not fresh.keep("one", NAME, bytes((32 << 10) + 1))
+    assert fresh.keep("one", NAME, bytes(32 << 10))
+    assert not fresh.keep("one", NAME, b"x")
+    assert not fresh.keep("another", NAME, b"x")
+    assert fresh.offset("one", NAME) == 32 << 10
+
+
+async def test_a_session_is_there_for_its_own_repository_only(fresh: FreshSessions, store: MemoryStore) -> None:
+    await opened(fresh, store)
+    other = RepositoryName("org/other")
+    assert fresh.offset("one", other) is None
+    for step in (fresh.take, fresh.cancel):
+        with pytest.raises(BlobUploadUnknown):
+            step("one", other)
+    with pytest.raises(BlobUploadUnknown):
+        fresh.keep("one", other, b"x")
+    assert fresh.offset("one", NAME) == 0
+
+
+async def test_a_session_that_was_taken_is_nobody_elses(
+    fresh: FreshSessions, store: MemoryStore, database: Database
+) -> None:
+    await opened(fresh, store, CONTENT)
+    taken = fresh.take("one", NAME)
+    assert taken
+    assert taken.content == CONTENT
+    for step in (fresh.take, fresh.cancel):
+        with pytest.raises(UploadConflict):
+            step("one", NAME)
+    with pytest.raises(UploadConflict):
+        fresh.keep("one", NAME, b"x")
+    with pytest.raises(UploadConflict):
+        await fresh.settle("one")
+    await asyncio.sleep(0.3)
+    assert await found(database) is None
+    fresh.give_back(taken)
+    assert (await comes_to_have_a_row(database)).checkpoint.offset == len(CONTENT)
+
+
+async def test_a_cancelled_session_leaves_nothing(fresh: FreshSessions, store: MemoryStore, database: Database) -> None:
+    await opened(fresh, store, CONTENT)
+    assert fresh.cancel("one", NAME)
+    assert not fresh.cancel("one", NAME)
+    await asyncio.sleep(0.3)
+    assert await found(database) is None
+    assert not [item async for item in store.objects()]
+
+
+async def test_whoever_wants_more_of_a_session_settles_it_once(
+    fresh: FreshSessions, store: MemoryStore, database: Database
+) -> None:
+    await opened(fresh, store, CONTENT)
+    await asyncio.gather(*(fresh.settle("one") for _ in range(5)))
+    session = await found(database)
+    assert session
+    assert session.checkpoint.offset == len(CONTENT)
+    await fresh.settle("one")
+    await fresh.settle("never")
+
+
+async def test_a_request_that_gives_up_does_not_stop_the_settling(
+    fresh: FreshSessions, store: MemoryStore, database: Database
+) -> None:
+    await opened(fresh, store, CONTENT)
+    task = asyncio.create_task(fresh.settle("one"))
+    await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    await comes_to_have_a_row(database)
+
+
+async def test_on_a_full_disk_a_session_waits_for_room(
+    fresh: FreshSessions, store: MemoryStore, database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registry.fresh, "_PATIENCE", 0.05)
+    store.capacity = 0
+    await opened(fresh, store, CONTENT)
+    with pytest.raises(OutOfSpace):
+        await fresh.settle("one")
+    await asyncio.sleep(0.3)
+    assert fresh.offset("one", NAME) == len(CONTENT)
+    store.capacity = 1 << 20
+    assert (await comes_to_have_a_row(database)).checkpoint.offset == len(CONTENT)
+
+
+async def test_too_many_at_once_have_their_rows_at_once(
+    fresh: FreshSessions, store: MemoryStore, database: Database
+) -> None:
+    fresh._limit = 3
+    for number in range(5):
+        await opened(fresh, store, name=f"upload-{number}")
+    assert len(fresh) == 3
+    assert [bool(await found(database, f"upload-{number}")) for number in range(5)] == [False] * 3 + [True] * 2
+
+
+async def test_where_others_might_ask_every_session_has_its_row_at_once(store: MemoryStore, database: Database) -> None:
+    fresh = FreshSessions(store, database, enabled=False)
+    await opened(fresh, store)
+    assert len(fresh) == 0
+    assert await found(database)
+    await fresh.close()
+
+
+async def test_the_end_of_the_server_loses_no_session(
+    fresh: FreshSessions, store: MemoryStore, database: Database
+) -> None:
+    for number in range(20):
+        await opened(fresh, store, CONTENT, f"upload-{number}")
+    await fresh.close()
+    for number in range(20):
+        session = await found(database, f"upload-{number}")
+        assert session
+        assert session.checkpoint.offset == len(CONTENT)
+
+
+# --- seen from outside ----------------------------------------------------------------------------------------
+
+
+def rows(settings: Settings) -> int:
+    """Return how many sessions are in the database now."""
+    with closing(sqlite3.connect(sqlite_path(settings.database.url))) as connection:
+        count: int = connection.execute("SELECT count(*) FROM upload_session").fetchone()[0]
+        return count
+
+
+async def test_a_quick_push_never_has_a_row(client: Client, settings: Settings) -> None:
+    seen = set()
+    for number in range(5):
+        content = CONTENT + bytes([number])
+        location = await begin(client)
+        seen.add(rows(settings))
+        assert (await ask(client, "PATCH", location, data=in_pieces(content))).status == 202
+        seen.add(rows(settings))
+        created = await ask(client, "PUT", f"{location}?digest={digest_of(content)}")
+        assert created.status == 201
+        assert (await ask(client, "GET", created.headers["Location"])).body == content
+    assert seen == {0}
+    assert not files_below(Path(settings.storage.filesystem.root) / "uploads")
+
+
+@pytest.mark.parametrize("pause", [0.0, 0.3])
+@pytest.mark.parametrize("sizes", [[3000], [1000, 2000], [0, 3000], [40_000], [1000, 40_000, 5]])
+async def test_a_push_in_any_pieces_at_any_pace_arrives(client: Client, sizes: list[int], pause: float) -> None:
+    pieces = [secrets.token_bytes(size) for size in sizes]
+    location = await begin(client)
+    sent = 0
+    for piece in pieces[:-1]:
+        await asyncio.sleep(pause)
+        answer = await ask(client, "PATCH", location, data=piece)
+        sent += len(piece)
+        assert (answer.status, answer.headers["Range"]) == (202, f"0-{max(0, sent - 1)}")
+        assert (await ask(client, "GET", location)).headers["Range"] == f"0-{max(0, sent - 1)}"
+    await asyncio.sleep(pause)
+    whole = b"".join(pieces)
+    created = await ask(client, "PUT", f"{location}?digest={digest_of(whole)}", data=pieces[-1])
+    assert created.status == 201
+    assert (await ask(client, "GET", created.headers["Location"])).body == whole
+    assert (await ask(client, "GET", location)).status == 404
+    assert (await ask(client, "PUT", f"{location}?digest={digest_of(whole)}")).status == 404
+
+
+async def test_of_two_who_finish_at_once_one_wins(client: Client) -> None:
+    for number in range(10):
+        content = CONTENT + bytes([number])
+        location = await begin(client)
+        assert (await ask(client, "PATCH", location, data=content)).status == 202
+        closing_put = f"{location}?digest={digest_of(content)}"
+        answers = await asyncio.gather(*(ask(client, "PUT", closing_put) for _ in range(3)))
+        statuses = sorted(answer.status for answer in answers)
+        assert statuses[0] == 201
+        assert set(statuses[1:]) <= {404, 409}
