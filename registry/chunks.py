@@ -16,6 +16,8 @@ from registry.errors import BadRequest, RegistryError, SizeInvalid
 #: A line that gives a chunk's size; extensions are allowed and mean nothing.
 _SIZE_LINE: Final = re.compile(rb"([0-9a-fA-F]{1,15})[ \t]*(?:;[^\r\n]*)?")
 _LINE_LIMIT: Final = 1024
+#: All that stands between two chunks, as most clients write it.
+_BETWEEN: Final = re.compile(rb"\r\n([1-9a-fA-F][0-9a-fA-F]{0,14})\r\n")
 #: How long a thread waits for more, in milliseconds, and how often before it goes back to the pool.
 _PAUSE: Final = 5
 _PATIENCE: Final = 10
@@ -92,6 +94,9 @@ class ChunkedBody:
         while self._position < end and not self.is_finished:
             if self.remaining:
                 taken = self._take_content(view, end)
+            elif self.to_skip == 2 and (match := _BETWEEN.match(self._buffers[0], self._position, end)):
+                # One look for what is done step by step below: it is done for every 32 KiB.
+                taken, self.to_skip, self.remaining = len(match[0]), 0, int(match[1], 16)
             elif self.to_skip:
                 taken = 1
                 if view[self._position] != b"\r\n"[2 - self.to_skip]:

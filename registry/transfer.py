@@ -21,7 +21,7 @@ from storage.errors import ContentMissing
 from storage.threads import Threads
 
 #: Bytes handed to the store in one job, as long as the buffers allow it.
-_PIECE_SIZE: Final = 1 << 20
+_PIECE_SIZE: Final = 2 << 20
 #: Threads that read from sockets; slow clients do not keep them.
 _READERS: Final = 8
 _OPENERS: Final = 4

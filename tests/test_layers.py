@@ -34,6 +34,7 @@ SEAMS: dict[str, tuple[list[str], str]] = {
             *("registry/calls.py", "registry/responses.py", "registry/locations.py", "registry/transfer.py"),
             *("registry/blobs.py", "registry/uploads.py", "registry/manifests.py", "registry/referrers.py"),
             *("registry/listings.py", "registry/browse.py", "registry/health.py", "registry/wire.py"),
+            *("registry/answers.py", "registry/record.py"),
             # What aiohttp itself reports of broken clients is told from what it reports of us.
             "registry/logs.py",
         ],

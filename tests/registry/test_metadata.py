@@ -98,6 +98,42 @@ async def test_a_unit_that_fails_in_a_batch_undoes_itself_alone(database: Databa
     assert await database.read(ids) == {"a", "c", "e"}
 
 
+@pytest.mark.parametrize(("changes_first", "runs"), [(False, 1), (True, 2)])
+async def test_a_unit_that_fails_before_it_changed_anything_costs_the_others_nothing(
+    database: Database, changes_first: bool, runs: int
+) -> None:
+    ran: list[str] = []
+
+    def counted(connection: Connection, name: str) -> None:
+        ran.append(name)
+        add(connection, name)
+
+    def failing(connection: Connection, name: str) -> None:
+        if changes_first:
+            add(connection, name)
+        raise NameUnknown
+
+    results = await batch(database, (counted, "a"), (failing, "b"), (counted, "c"))
+    assert [type(result) for result in results] == [type(None), NameUnknown, type(None)]
+    assert await database.read(ids) == {"a", "c"}
+    assert ran.count("a") == runs
+
+
+async def test_a_look_up_is_one_prepared_statement(database: Database) -> None:
+    await database.write(add, "a")
+    assert await database.look_up(blobs.find, NAME, Digest.of(b"absent")) is None
+    with pytest.raises(AssertionError, match="not a prepared statement"):
+        await database.look_up(ids)
+
+
+async def test_a_prepared_statement_fails_as_any_other_and_tells_no_values(database: Database) -> None:
+    start = Checkpoint("uploads/secret-key", "sha256")
+    await database.write(sessions.create, "a", NAME, start)
+    with pytest.raises(IntegrityError) as raised:
+        await database.write(sessions.create, "b", NAME, start)
+    assert "secret-key" not in str(raised.value)
+
+
 @pytest.mark.parametrize("unit", [add_and_fail, add_twice])
 async def test_a_unit_that_fails_alone_undoes_itself(database: Database, unit: Callable[..., None]) -> None:
     with pytest.raises((NameUnknown, IntegrityError)):
