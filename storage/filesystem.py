@@ -11,12 +11,10 @@ thread; there is nothing to gain from a hop for each.
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import errno
 import fcntl
 import os
 import re
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -25,18 +23,15 @@ import aiofiles.os
 
 from storage.base import Checkpoint, StoredObject
 from storage.digest import Digest, Hasher, hasher, restore
-from storage.errors import ContentMissing, DigestMismatch, OutOfSpace, StorageError, UploadBusy, UploadLost
+from storage.errors import ContentMissing, DigestMismatch, UploadBusy, UploadLost
+from storage.files import BOOT_ID_SIZE, boot_id, disk_errors, start_writeback, sync_directory, write_all
 from storage.threads import Threads
 
 _READ_SIZE: Final = 1 << 20
 #: Content up to this size is a small job: what it takes is system calls, not hashing and copying.
 _SMALL_SIZE: Final = 64 << 10
-#: pwritev takes at most this many pieces. [POSIX: IOV_MAX]
-_PIECES_LIMIT: Final = 1024
 #: How far the data may run ahead of the disk before the kernel is asked to start writing it.
 _WRITEBACK_SIZE: Final = 16 << 20
-_SYNC_FILE_RANGE_WRITE: Final = 2
-_BOOT_ID_SIZE: Final = 16
 
 _KEY: Final = re.compile(r"uploads/[\w-]+|blobs/\w+/[0-9a-f]{2}/[0-9a-f]+\.[\w-]+")
 
@@ -73,7 +68,7 @@ class FilesystemStore:
         return _FileContent(self._path(key))
 
     async def delete(self, key: str) -> None:
-        with _disk_errors(), contextlib.suppress(FileNotFoundError):
+        with disk_errors(), contextlib.suppress(FileNotFoundError):
             await aiofiles.os.unlink(self._path(key))
 
     async def objects(self) -> AsyncIterator[StoredObject]:
@@ -82,7 +77,7 @@ class FilesystemStore:
                 yield found
 
     async def probe(self) -> None:
-        with _disk_errors():
+        with disk_errors():
             await self._threads.run(self._write_probe)
 
     async def close(self) -> None:
@@ -129,7 +124,7 @@ class FilesystemStore:
             self._make_directories(Path(algorithm))
         os.rename(source, target)
         if self._sync:
-            _sync_directory(directory)
+            sync_directory(directory)
 
     def _make_directories(self, algorithm: Path) -> None:
         """Make all directories of an algorithm: one by one, each would want a sync."""
@@ -138,8 +133,8 @@ class FilesystemStore:
                 directory.mkdir(mode=0o750)
         # Also where they were there already: who made them may have died before syncing.
         if self._sync:
-            _sync_directory(algorithm)
-            _sync_directory(algorithm.parent)
+            sync_directory(algorithm)
+            sync_directory(algorithm.parent)
         self._algorithms.add(str(algorithm))
 
 
@@ -161,24 +156,24 @@ class _FileUpload:
         return self._offset
 
     async def write(self, pieces: Sequence[bytes | memoryview], *, last: bool = False) -> None:
-        with _disk_errors():
+        with disk_errors():
             await self._store._threads.run(self._write, pieces, last)
 
     def checkpoint(self) -> Checkpoint:
         if self._hasher is None:
             return self._start
         state = self._hasher.save()
-        return Checkpoint(self._start.key, self._start.algorithm, self._offset, _boot_id() + state if state else b"")
+        return Checkpoint(self._start.key, self._start.algorithm, self._offset, boot_id() + state if state else b"")
 
     async def verify(self, digest: Digest) -> None:
         if self._hasher is not None and digest.algorithm == self._start.algorithm:
             self._verify(digest)
         elif self._verified != digest:
-            with _disk_errors():
+            with disk_errors():
                 await self._store._threads.run(self._verify, digest)
 
     async def commit(self, digest: Digest, last: Sequence[bytes | memoryview] = ()) -> str:
-        with _disk_errors():
+        with disk_errors():
             is_small = self._offset + sum(map(len, last)) <= _SMALL_SIZE
             threads = self._store._small if is_small else self._store._threads
             return await threads.run(self._commit, digest, last)
@@ -268,10 +263,8 @@ class _FileUpload:
     def _append(self, pieces: Sequence[bytes | memoryview]) -> None:
         """Write, then hash, then count: what fails in between was never there."""
         assert self._hasher is not None
-        end = self._offset
         try:
-            for batch in _batches(pieces):
-                end = _write_all(self._descriptor, batch, end)
+            end = write_all(self._descriptor, pieces, self._offset)
         except BaseException:
             os.ftruncate(self._descriptor, self._offset)
             raise
@@ -280,7 +273,7 @@ class _FileUpload:
             self._hasher.update(piece)
         self._offset = end
         if self._store._sync and self._offset - self._written_back >= _WRITEBACK_SIZE:
-            _start_writeback(self._descriptor, self._written_back, self._offset - self._written_back)
+            start_writeback(self._descriptor, self._written_back, self._offset - self._written_back)
             self._written_back = self._offset
 
     def _commit(self, digest: Digest, last: Sequence[bytes | memoryview]) -> str:
@@ -358,67 +351,5 @@ def _restore(checkpoint: Checkpoint) -> Hasher | None:
     """
     if checkpoint.offset == 0:
         return hasher(checkpoint.algorithm)
-    boot, state = checkpoint.state[:_BOOT_ID_SIZE], checkpoint.state[_BOOT_ID_SIZE:]
-    return restore(checkpoint.algorithm, state) if boot == _boot_id() else None
-
-
-def _batches(pieces: Sequence[bytes | memoryview]) -> Iterator[Sequence[bytes | memoryview]]:
-    for start in range(0, len(pieces), _PIECES_LIMIT):
-        yield pieces[start : start + _PIECES_LIMIT]
-
-
-def _write_all(descriptor: int, pieces: Sequence[bytes | memoryview], position: int) -> int:
-    """Write every byte, and return where they end; a write may stop in the middle of a piece."""
-    rest: list[bytes | memoryview] = list(pieces)
-    while rest:
-        written = os.pwritev(descriptor, rest, position)
-        position += written
-        while rest and written >= len(rest[0]):
-            written -= len(rest.pop(0))
-        if rest and written:
-            rest[0] = memoryview(rest[0])[written:]
-    return position
-
-
-def _sync_directory(directory: str | Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-@contextlib.contextmanager
-def _disk_errors() -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise OutOfSpace(f"no space left for blobs: {error.strerror}") from error
-        raise StorageError(f"the disk failed: {error}") from error
-
-
-def _boot_id() -> bytes:
-    """Return what names this run of the kernel."""
-    global _boot
-    if not _boot:
-        try:
-            text = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii")
-            _boot = bytes.fromhex(text.strip().replace("-", ""))
-        except (OSError, ValueError):
-            # Without one, trust no state from any other process.
-            _boot = os.urandom(_BOOT_ID_SIZE)
-    return _boot
-
-
-_boot = b""
-
-
-def _start_writeback(descriptor: int, offset: int, size: int) -> None:
-    """Ask the kernel to begin writing a range, so that the sync at the end finds little left to do."""
-    if _sync_file_range is not None:
-        _sync_file_range(descriptor, ctypes.c_int64(offset), ctypes.c_int64(size), _SYNC_FILE_RANGE_WRITE)
-
-
-#: Linux only, absent from `os`; only ever a hint here, so its result does not matter.
-_sync_file_range = getattr(ctypes.CDLL(None), "sync_file_range", None)
+    boot, state = checkpoint.state[:BOOT_ID_SIZE], checkpoint.state[BOOT_ID_SIZE:]
+    return restore(checkpoint.algorithm, state) if boot == boot_id() else None

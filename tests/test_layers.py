@@ -47,7 +47,7 @@ SEAMS: dict[str, tuple[list[str], str]] = {
         "the database, and the watch on its version",
     ),
     "ctypes": (
-        ["storage/digest.py", "storage/filesystem.py"],
+        ["storage/digest.py", "storage/files.py"],
         "a hash that can be saved, and a hint to the kernel; runner seams come later",
     ),
     "hashlib": (["storage/digest.py"], "digests are made in one place"),

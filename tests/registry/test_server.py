@@ -292,8 +292,19 @@ def test_a_port_in_use_is_refused_and_the_data_is_free_again(tmp_path: Path, wor
         said = refused(tmp_path, "--data", str(tmp_path / "data"), "--listen", listen, "--workers", workers)
     assert f"server.listen: 127.0.0.1:{port}" in said
     assert "in use" in said
+    # Nothing was served, so the next start has nothing to recover.
+    assert (tmp_path / "data" / "hythe.lock").read_bytes() == b""
     with serving(tmp_path) as server:
         assert ask(server, "GET", "/v2/")[0] == 200
+
+
+def test_a_start_that_is_refused_does_not_make_a_crash_forgotten(tmp_path: Path) -> None:
+    with serving(tmp_path) as server:
+        server.kill()
+    (tmp_path / "other").mkdir()
+    with serving(tmp_path / "other") as other:
+        refused(tmp_path, "--data", str(tmp_path / "data"), "--listen", f"127.0.0.1:{other.port}")
+    assert (tmp_path / "data" / "hythe.lock").read_bytes() == b"running\n"
 
 
 @pytest.mark.parametrize(

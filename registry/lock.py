@@ -1,0 +1,60 @@
+"""The lock on a data directory: one server at a time, and a trace of the one that died."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+from registry.errors import ConfigurationError
+
+#: What the lock file says while a server runs; it stays there only if the server died.
+_RUNNING: Final = b"running\n"
+
+
+@contextlib.contextmanager
+def exclusive(paths: list[Path]) -> Iterator[bool]:
+    """Hold the locks; yield whether the last holder died without letting go.
+
+    The kernel lets go of them when the last process that holds them is gone, however it died.
+
+    Raises:
+        ConfigurationError: another server has one of them, or it cannot be made.
+    """
+    with contextlib.ExitStack() as stack:
+        died = [stack.enter_context(_locked(path)) for path in paths]
+        yield any(died)
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[bool]:
+    try:
+        path.parent.mkdir(mode=0o750, parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640)
+    except OSError as error:
+        raise ConfigurationError(f"{path}: {error.strerror}") from None
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigurationError(
+                f"another server uses the data in {path.parent}: stop it, or give this one its own with --data"
+            ) from None
+        died = os.pread(descriptor, len(_RUNNING), 0) == _RUNNING
+        # On a full disk this fails, and a crash would go unnoticed; pulls are worth more.
+        with contextlib.suppress(OSError):
+            os.pwrite(descriptor, _RUNNING, 0)
+        try:
+            yield died
+        except ConfigurationError:
+            # Nothing was served: what the last run left, if anything, is still to be looked for.
+            if died:
+                raise
+            os.ftruncate(descriptor, 0)
+            raise
+        os.ftruncate(descriptor, 0)
+    finally:
+        os.close(descriptor)
