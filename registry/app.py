@@ -30,6 +30,7 @@ from registry.middleware import Observer
 from registry.record import Recorder
 from registry.referrers import Referrers
 from registry.routes import Endpoint
+from registry.sessions import Sessions
 from registry.sweeper import Sweeper
 from registry.transfer import Receiver, Sender
 from registry.uploads import Uploads
@@ -88,7 +89,7 @@ def build(settings: Settings, *, process: Process | None = None, store: Store | 
     table = _table(
         settings,
         Blobs(store, contents, sender),
-        Uploads(store, database, contents, fresh, receiver, access),
+        Uploads(database, Sessions(store, database, contents, fresh), receiver, access),
         Manifests(store, contents, receiver, settings.registry),
         Listings(database, access),
         Referrers(database, contents),

@@ -1,0 +1,183 @@
+"""Upload sessions: who may write to one, and how it ends.
+
+A request that sends bytes claims the session's row, appends under the upload's own key, and lets go of the row with the
+new offset and digest-so-far. Bytes before row: a blob is durable in the store before its row is committed, and the row
+before the client hears 201. Sessions of the last moment have no row: `fresh.py`.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import AsyncIterator, Awaitable
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+
+from registry.contents import Contents
+from registry.errors import BlobUploadUnknown
+from registry.fresh import FreshSessions
+from registry.metadata import blobs, sessions
+from registry.metadata.blobs import StoredBlob
+from registry.metadata.engine import Database
+from registry.metadata.sessions import Session
+from storage.base import Store, Upload
+from storage.digest import Digest
+from storage.errors import DigestMismatch, UploadLost
+from storage.names import RepositoryName
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """A session that one request alone writes to, and its bytes.
+
+    Attributes:
+        session: as it stood when it was claimed.
+        writer: the name of the request in the session's row.
+        upload: the bytes.
+        is_stored: the bytes that it shall end as were in the store already; False where that was not asked.
+    """
+
+    session: Session
+    writer: str
+    upload: Upload
+    is_stored: bool
+
+
+class Sessions:
+    """The upload sessions of all repositories."""
+
+    def __init__(self, store: Store, database: Database, contents: Contents, fresh: FreshSessions) -> None:
+        """Keep bytes in `store`, rows in `database`; blobs that come of them go to `contents`."""
+        self._store = store
+        self._database = database
+        self._contents = contents
+        self._fresh = fresh
+
+    async def open(self, name: RepositoryName, algorithm: str) -> str:
+        """Open a session and return its id."""
+        session_id = str(uuid.uuid4())
+        await self._fresh.add(session_id, name, self._store.begin(session_id, algorithm))
+        return session_id
+
+    async def offset(self, name: RepositoryName, session_id: str) -> int:
+        """Return how many bytes came, or raise `BlobUploadUnknown`."""
+        offset = self._fresh.offset(session_id, name)
+        if offset is not None:
+            return offset
+        # It may be on its way from there to its row.
+        await self._fresh.settle(session_id)
+        return (await self._database.look_up(sessions.find, session_id, name)).checkpoint.offset
+
+    def keep(self, name: RepositoryName, session_id: str, content: bytes) -> bool:
+        """Append small content at once, if these are the first bytes of a fresh session."""
+        return self._fresh.keep(session_id, name, content)
+
+    async def cancel(self, name: RepositoryName, session_id: str) -> None:
+        """End a session and delete its bytes, or raise `BlobUploadUnknown`."""
+        if not self._fresh.cancel(session_id, name):
+            await self._fresh.settle(session_id)
+            await self._store.delete(await self._database.note(sessions.remove, session_id, name))
+
+    @asynccontextmanager
+    async def claimed(
+        self, name: RepositoryName, session_id: str, digest: Digest | None = None
+    ) -> AsyncIterator[Claim]:
+        """Hold a session, perhaps to end it as `digest`.
+
+        If the block fails, what was received stays, unless no request can make anything of it.
+
+        Raises:
+            BlobUploadUnknown: there is no such session, or its bytes are gone.
+            UploadConflict: another request holds it.
+        """
+        claim = await self._claim(name, session_id, digest)
+        try:
+            yield claim
+        except DigestMismatch:
+            # What arrived is not what was announced: no request can mend that.
+            await claim.upload.abort()
+            await self._end(claim.session)
+            raise
+        except UploadLost as error:
+            await self._end(claim.session)
+            raise BlobUploadUnknown(f"this upload cannot go on: {error}") from None
+        except BlobUploadUnknown:
+            await claim.upload.suspend()
+            await self._drop(claim.session.checkpoint.key)
+            raise
+        except BaseException:
+            await self.let_go(claim)
+            raise
+
+    async def note(self, claim: Claim) -> None:
+        """Record how far an upload came, and keep it claimed."""
+        checkpoint = claim.upload.checkpoint()
+        await self._database.note(sessions.advance, claim.session.id, claim.writer, checkpoint, release=False)
+
+    async def let_go(self, claim: Claim) -> None:
+        """Record how far an upload came, and let others go on with it."""
+        # The file first: whoever claims the row next must not find it locked.
+        checkpoint = claim.upload.checkpoint()
+        await claim.upload.suspend()
+        await self._database.note(sessions.advance, claim.session.id, claim.writer, checkpoint, release=True)
+
+    async def publish(self, claim: Claim, digest: Digest) -> None:
+        """End a session as the blob that it must be; raises `DigestMismatch`."""
+        await claim.upload.verify(digest)
+        session_id, writer, name = claim.session.id, claim.writer, claim.session.repository
+        if claim.is_stored and await self._database.write(blobs.finish_with_existing, session_id, writer, name, digest):
+            await claim.upload.abort()
+            return
+        key = await claim.upload.commit(digest)
+        stored = StoredBlob(key, claim.upload.offset)
+        await self._add(key, self._contents.finish_upload(session_id, writer, name, digest, stored))
+
+    async def publish_fresh(self, name: RepositoryName, session_id: str, last: bytes, digest: Digest) -> bool:
+        """Append `last` to a fresh session and end it as a blob; False where it is not fresh any more.
+
+        Raises:
+            DigestMismatch: it is not these bytes, and it is ended.
+            UploadConflict: another request is doing this.
+        """
+        session = self._fresh.take(session_id, name)
+        if session is None:
+            return False
+        upload = self._store.resume(session.start)
+        try:
+            key = await upload.commit(digest, [piece for piece in (session.content, last) if piece])
+            await self._add(key, self._contents.add_blob(name, digest, StoredBlob(key, upload.offset)))
+        except DigestMismatch:
+            await upload.abort()
+            self._fresh.forget(session)
+            raise
+        except BaseException:
+            # What it was sent before is still here, and will be written again.
+            await upload.suspend()
+            self._fresh.give_back(session)
+            raise
+        self._fresh.forget(session)
+        return True
+
+    async def _claim(self, name: RepositoryName, session_id: str, digest: Digest | None) -> Claim:
+        await self._fresh.settle(session_id)
+        writer = str(uuid.uuid4())
+        session, is_stored = await self._database.note(sessions.claim, session_id, name, writer, digest)
+        return Claim(session, writer, self._store.resume(session.checkpoint), is_stored)
+
+    async def _end(self, session: Session) -> None:
+        with suppress(BlobUploadUnknown):
+            await self._database.note(sessions.remove, session.id, session.repository)
+
+    async def _add(self, key: str, adding: Awaitable[bool]) -> None:
+        """Wait for the row of published bytes; if it is not to be, they are dropped."""
+        is_ours = False
+        try:
+            is_ours = await adding
+        finally:
+            if not is_ours:
+                await self._drop(key)
+
+    async def _drop(self, key: str) -> None:
+        """Delete bytes that nobody needs, unless a row came to name them all the same."""
+        known = await self._database.read(blobs.known_keys, [key])
+        if key not in known | await self._database.read(sessions.known_keys, [key]):
+            await self._store.delete(key)
