@@ -3,6 +3,9 @@
 There are no accounts yet, so everybody may do everything, which is why the configuration refuses addresses that
 other machines reach. Handlers ask nothing themselves, but for what a request reaches beside its own repository:
 the source of a mount, and the names in a listing.
+
+What was allowed is answered again from memory until the next epoch (`answers.py`), without asking here: a decision may
+depend on the request's head and on what is in the database, or must begin a new epoch when it changes.
 """
 
 from __future__ import annotations

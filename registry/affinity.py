@@ -64,9 +64,9 @@ class Affinity:
     def __post_init__(self) -> None:
         """Choose a processor, where there is a choice."""
         self._allowed = sorted(os.sched_getaffinity(0))
-        if self.enabled and len(self._allowed) > 1:
+        self._seen = self._read()
+        if self.enabled and len(self._allowed) > 1 and self._seen:
             self.processor = self._allowed[self.index % len(self._allowed)]
-            self._seen = self._read()
 
     def join(self) -> None:
         """Let the calling thread keep to the processor from now on."""
@@ -82,10 +82,11 @@ class Affinity:
             return
         ours = sum(thread.spent() for thread in self._threads)
         before, self._seen = self._seen, self._read()
-        busy = {cpu: _used(before.get(cpu, now), now) for cpu, now in self._seen.items()}
-        work, whole = busy[self.processor]
+        spent = {cpu: _spent(before[cpu], now) for cpu, now in self._seen.items() if cpu in before}
+        shares = {cpu: work / whole for cpu, (work, whole) in spent.items() if whole}
+        # A processor that is not listed was taken away, and the kernel has moved us already.
+        work, whole = spent.get(self.processor, (1.0, 1.0))
         others = (work - ours) / whole if whole else 0.0
-        shares = {cpu: work / whole for cpu, (work, whole) in busy.items() if whole}
         if others < _CROWDED or not shares:
             return
         best = min(shares, key=lambda cpu: shares[cpu])
@@ -95,10 +96,17 @@ class Affinity:
                 _keep(thread.number, best)
 
     def _read(self) -> dict[int, tuple[float, float]]:
-        """Return for each processor that we may use the seconds it worked, and those it was there."""
+        """Return for each processor that we may use the seconds it worked, and those it was there.
+
+        Nothing where that cannot be told: then nobody moves.
+        """
         tick = os.sysconf("SC_CLK_TCK")
-        found = {}
-        for line in self.stat.read_text(encoding="ascii").splitlines():
+        found: dict[int, tuple[float, float]] = {}
+        try:
+            text = self.stat.read_text(encoding="ascii")
+        except OSError:
+            return found
+        for line in text.splitlines():
             name, *fields = line.split()
             if name.startswith("cpu") and name[3:].isdigit() and int(name[3:]) in self._allowed:
                 # The last two are in the first two as well.
@@ -107,7 +115,7 @@ class Affinity:
         return found
 
 
-def _used(before: tuple[float, float], now: tuple[float, float]) -> tuple[float, float]:
+def _spent(before: tuple[float, float], now: tuple[float, float]) -> tuple[float, float]:
     return now[0] - before[0], now[1] - before[1]
 
 

@@ -3,7 +3,8 @@
 A fleet asks for the same few manifests, each client in the same words. As long as nothing was written, the same bytes
 asked get the same bytes answered, whatever stands in them: path, Accept, credentials, conditions. So the whole head of
 a request is the key, and an answer found under it needs no parsing, no routing and no look-up; only its date and its
-request id are new. A handler says which of its answers depend on nothing but the head and the epoch of `cache.py`.
+request id are new. A handler says which of its answers depend on nothing but the head and the epoch of `cache.py`; and
+who may ask must depend on nothing else either (`access.py`): a right that ends by the clock has to end an epoch.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from registry.responses import REPEATABLE, ROUTE
 _PLAIN: Final = re.compile(
     rb"(?:GET|HEAD) [!-~]+ HTTP/1\.1\r\n(?:[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t -~\x80-\xff]*\r\n)+\r\n"
 )
+_BEGINNINGS: Final = (b"GET /", b"HEAD /")
 _UNPLAIN: Final = re.compile(rb"\r\n(?:content-length|transfer-encoding|upgrade|expect|x-request-id):", re.IGNORECASE)
 #: Larger bodies are not worth their memory: what counts for them is the way through the socket.
 _BODY_LIMIT: Final = 16 << 10
@@ -71,8 +73,10 @@ class Answers:
 
     def find(self, head: bytes) -> Answer | None:
         """Return what these bytes are answered now, as far as it is known."""
+        if self._is_ended or not head.startswith(_BEGINNINGS):
+            return None
         found = self._cache.get(head)
-        return found if isinstance(found, Answer) and not self._is_ended else None
+        return found if isinstance(found, Answer) else None
 
     def give(self, answer: Answer, remote: str) -> bytes:
         """Return the bytes to send to `remote`, and count and log them."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
+import structlog
 from aiohttp import web
 
 from registry.access import OpenAccess, Right
@@ -38,6 +39,8 @@ from storage.base import Store
 from storage.filesystem import FilesystemStore
 
 OBSERVER: Final = web.AppKey("observer", Observer)
+log = structlog.get_logger()
+
 ANSWERS: Final = web.AppKey("answers", Answers)
 
 
@@ -81,7 +84,7 @@ def build(settings: Settings, *, process: Process | None = None, store: Store | 
     fresh = FreshSessions(store, database, enabled=process.alone)
     access = OpenAccess()
     receiver = Receiver(settings.uploads.concurrent, settings.uploads.buffer_bytes, settings.uploads.stall_seconds)
-    sender = Sender(16, settings.uploads.stall_seconds, begin=process.affinity.join)
+    sender = Sender(settings.uploads.stall_seconds, begin=process.affinity.join)
     metrics = Metrics(process.shared)
     access_log = AccessLog(as_json=is_json(settings.log)) if settings.log.access else None
     sweeper = Sweeper(store, database, settings.uploads.idle_seconds, settings.uploads.sweep_seconds)
@@ -105,21 +108,21 @@ def build(settings: Settings, *, process: Process | None = None, store: Store | 
     app.router.add_routes(Health(database, store, metrics, fresh).routes())
 
     async def life(_: web.Application) -> AsyncIterator[None]:
-        await sweeper.start(first=process.is_first, recover=process.recover)
-        ticking = asyncio.create_task(_tick(metrics, access_log, process.affinity))
-        yield
-        ticking.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await ticking
-        await sweeper.stop()
-        await fresh.close()
-        await sender.close()
-        await receiver.close()
-        await database.close()
-        contents.close()
-        await store.close()
-        if access_log:
-            access_log.close()
+        # Each is closed whatever becomes of the others, the last one opened first.
+        async with contextlib.AsyncExitStack() as stack:
+            if access_log:
+                stack.callback(access_log.close)
+            stack.push_async_callback(store.close)
+            stack.callback(contents.close)
+            stack.push_async_callback(database.close)
+            stack.push_async_callback(receiver.close)
+            stack.push_async_callback(sender.close)
+            stack.push_async_callback(fresh.close)
+            stack.push_async_callback(sweeper.stop)
+            await sweeper.start(first=process.is_first, recover=process.recover)
+            ticking = asyncio.create_task(_tick(metrics, access_log, process.affinity))
+            stack.push_async_callback(_end, ticking)
+            yield
 
     app.cleanup_ctx.append(life)
     return app
@@ -173,5 +176,15 @@ async def _tick(metrics: Metrics, access_log: AccessLog | None, affinity: Affini
         await asyncio.sleep(0.5)
         if access_log:
             access_log.flush()
-        await asyncio.to_thread(metrics.share)
-        await asyncio.to_thread(affinity.look)
+        try:
+            await asyncio.to_thread(metrics.share)
+            await asyncio.to_thread(affinity.look)
+        except OSError as error:
+            # A full disk, or no descriptors left: the next time may be better.
+            log.warning("metrics are not shared", error=str(error))
+
+
+async def _end(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await task

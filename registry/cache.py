@@ -85,11 +85,17 @@ class DataVersion:
 
     def __init__(self, path: Path) -> None:
         self._connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+        self._failures = 0
         # The first read opens the log; after it nothing here touches the disk.
         self._connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
 
     def __call__(self) -> int:
-        row: tuple[int] = self._connection.execute("PRAGMA data_version").fetchone()
+        try:
+            row: tuple[int] = self._connection.execute("PRAGMA data_version").fetchone()
+        except sqlite3.Error:
+            # What cannot be known to be good is not used: no two looks are in one epoch.
+            self._failures += 1
+            return -self._failures
         return row[0]
 
     def close(self) -> None:

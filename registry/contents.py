@@ -1,7 +1,8 @@
 """What repositories hold: from memory where that is coherent, else one statement.
 
-Only what was found is remembered, so a push of something new makes nothing stale. What can make something stale,
-a tag that moves and every deletion, goes through here too and begins a new epoch before it is acknowledged.
+Only what is there is remembered, found or just added, so a push of something new makes nothing stale. What can make
+something stale, a tag that moves and every deletion, goes through here too and begins a new epoch before it is
+acknowledged.
 """
 
 from __future__ import annotations

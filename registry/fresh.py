@@ -19,11 +19,10 @@ from typing import Final
 
 import structlog
 
-from registry.errors import BlobUploadUnknown, MetadataError, UploadConflict
+from registry.errors import BlobUploadUnknown, UploadConflict
 from registry.metadata import sessions
 from registry.metadata.engine import Database
 from storage.base import Checkpoint, Store
-from storage.errors import StorageError
 from storage.names import RepositoryName
 
 #: Seconds after which a session is settled.
@@ -70,19 +69,19 @@ class FreshSessions:
         self._database = database
         self._limit = _LIMIT if enabled else 0
         self._sessions: dict[str, FreshSession] = {}
-        self._timer: asyncio.TimerHandle | None = None
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._settler: asyncio.Task[None] | None = None
 
     def __len__(self) -> int:
         return len(self._sessions)
 
     async def add(self, session_id: str, repository: RepositoryName, start: Checkpoint) -> None:
-        """Open a session."""
+        """Open a session; where too many are kept, with its row, so that raises `MetadataError`."""
         if len(self._sessions) >= self._limit:
             await self._database.note(sessions.create, session_id, repository, start)
             return
         self._sessions[session_id] = FreshSession(session_id, repository, start, time.monotonic())
-        self._wake_later()
+        if self._settler is None or self._settler.done():
+            self._settler = asyncio.create_task(self._settle_old())
 
     def offset(self, session_id: str, repository: RepositoryName) -> int | None:
         """Return how many bytes came; None for a session that is not here."""
@@ -90,7 +89,12 @@ class FreshSessions:
         return len(session.content) if session and session.repository == repository else None
 
     def keep(self, session_id: str, repository: RepositoryName, content: bytes) -> bool:
-        """Keep the first bytes; False where they are too many, not the first, or the session is not here."""
+        """Keep the first bytes; False where they are too many, not the first, or the session is not here.
+
+        Raises:
+            BlobUploadUnknown: it belongs to another repository.
+            UploadConflict: a request is finishing it.
+        """
         session = self._find(session_id, repository)
         if session is None or session.content or len(content) > _KEPT_SIZE:
             return False
@@ -98,7 +102,10 @@ class FreshSessions:
         return True
 
     def take(self, session_id: str, repository: RepositoryName) -> FreshSession | None:
-        """Return a session that nobody else gets until it was given back; None where it is not here."""
+        """Return a session that nobody else gets until it was given back; None where it is not here.
+
+        Raises as `keep` does.
+        """
         session = self._find(session_id, repository)
         if session:
             session.is_taken = True
@@ -112,12 +119,16 @@ class FreshSessions:
         """End a session that was taken."""
         del self._sessions[session.id]
 
-    def cancel(self, session_id: str, repository: RepositoryName) -> bool:
-        """End a session; False where it is not here."""
+    def cancel(self, session_id: str, repository: RepositoryName) -> str | None:
+        """End a session, and return the key under which a step that failed may have left bytes.
+
+        None where it is not here; raises as `keep` does.
+        """
         session = self.take(session_id, repository)
-        if session:
-            self.forget(session)
-        return session is not None
+        if session is None:
+            return None
+        self.forget(session)
+        return session.start.key
 
     async def settle(self, session_id: str) -> None:
         """Make a session, if it is here, one like any other.
@@ -137,11 +148,11 @@ class FreshSessions:
         await asyncio.shield(session.settling)
 
     async def close(self) -> None:
-        """Settle all that are left; those that cannot be are lost."""
+        """Settle all that are left; those that cannot be are lost, and it is logged."""
         self._limit = 0
-        if self._timer:
-            self._timer.cancel()
-        await asyncio.gather(*self._tasks)
+        if self._settler:
+            self._settler.cancel()
+            await asyncio.wait({self._settler})
         await self._settle_all(list(self._sessions.values()))
 
     def _find(self, session_id: str, repository: RepositoryName) -> FreshSession | None:
@@ -169,27 +180,23 @@ class FreshSessions:
         finally:
             session.settling = None
 
-    def _wake_later(self) -> None:
-        if self._timer is None and self._limit:
-            self._timer = asyncio.get_running_loop().call_later(_MOMENT, self._wake)
-
-    def _wake(self) -> None:
-        self._timer = None
-        now = time.monotonic()
-        if old := [session for session in self._sessions.values() if now - session.born >= _MOMENT]:
-            task = asyncio.create_task(self._settle_all(old))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
-        if self._sessions:
-            self._wake_later()
+    async def _settle_old(self) -> None:
+        """Settle what is older than a moment, as long as there is anything."""
+        while self._sessions:
+            await asyncio.sleep(_MOMENT / 2)
+            now = time.monotonic()
+            await self._settle_all([each for each in self._sessions.values() if now - each.born >= _MOMENT])
 
     async def _settle_all(self, those: list[FreshSession]) -> None:
-        for session in those:
-            try:
-                await self.settle(session.id)
-            except UploadConflict:
-                # It is about to end.
-                continue
-            except (StorageError, MetadataError) as error:
-                session.born = time.monotonic() + _PATIENCE
-                log.warning("an upload session cannot be kept yet", error=str(error))
+        await asyncio.gather(*map(self._try_to_settle, those))
+
+    async def _try_to_settle(self, session: FreshSession) -> None:
+        try:
+            await self.settle(session.id)
+        except UploadConflict:
+            # A request is ending it.
+            return
+        except Exception as error:
+            # Whatever it was, the next one is not to suffer from it.
+            session.born = time.monotonic() + _PATIENCE
+            log.warning("an upload session cannot be kept yet", error=repr(error))

@@ -1,4 +1,4 @@
-"""JSON answers, and what a request learns about itself on its way to one."""
+"""What answers have in common: JSON, the headers of all, and what a request learns about itself on its way to one."""
 
 from __future__ import annotations
 

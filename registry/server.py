@@ -11,6 +11,7 @@ import socket
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final
 
@@ -29,6 +30,7 @@ from registry.metadata.engine import Database, sqlite_path
 from registry.metadata.schema import upgrade
 from registry.wire import accept
 from registry.workers import STOPPING, supervise
+from storage.threads import run_anywhere
 
 #: Objects made since the last look for garbage, before the next one; Python's own limit is 700.
 _GARBAGE: Final = 20_000
@@ -158,6 +160,8 @@ async def _serve(
     )
     await runner.setup()
     loop = asyncio.get_running_loop()
+    # What others run in threads must not keep to the loop's processor.
+    loop.set_default_executor(ThreadPoolExecutor(thread_name_prefix="default", initializer=run_anywhere))
     http = runner.server
     assert http is not None
     listeners = [

@@ -73,9 +73,11 @@ class Sessions:
 
     async def cancel(self, name: RepositoryName, session_id: str) -> None:
         """End a session and delete its bytes, or raise `BlobUploadUnknown`."""
-        if not self._fresh.cancel(session_id, name):
+        key = self._fresh.cancel(session_id, name)
+        if key is None:
             await self._fresh.settle(session_id)
-            await self._store.delete(await self._database.note(sessions.remove, session_id, name))
+            key = await self._database.note(sessions.remove, session_id, name)
+        await self._store.delete(key)
 
     @asynccontextmanager
     async def claimed(
@@ -98,7 +100,9 @@ class Sessions:
             await self._end(claim.session)
             raise
         except UploadLost as error:
+            await claim.upload.suspend()
             await self._end(claim.session)
+            await self._drop(claim.session.checkpoint.key)
             raise BlobUploadUnknown(f"this upload cannot go on: {error}") from None
         except BlobUploadUnknown:
             await claim.upload.suspend()
@@ -146,13 +150,17 @@ class Sessions:
             key = await upload.commit(digest, [piece for piece in (session.content, last) if piece])
             await self._add(key, self._contents.add_blob(name, digest, StoredBlob(key, upload.offset)))
         except DigestMismatch:
-            await upload.abort()
-            self._fresh.forget(session)
+            try:
+                await upload.abort()
+            finally:
+                self._fresh.forget(session)
             raise
         except BaseException:
             # What it was sent before is still here, and will be written again.
-            await upload.suspend()
-            self._fresh.give_back(session)
+            try:
+                await upload.suspend()
+            finally:
+                self._fresh.give_back(session)
             raise
         self._fresh.forget(session)
         return True

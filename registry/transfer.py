@@ -22,9 +22,10 @@ from storage.threads import Threads
 
 #: Bytes handed to the store in one job, as long as the buffers allow it.
 _PIECE_SIZE: Final = 2 << 20
-#: Threads that read from sockets; slow clients do not keep them.
+#: Threads that read from sockets, that open files, and that send them; slow clients keep none of them.
 _READERS: Final = 8
 _OPENERS: Final = 4
+_SENDERS: Final = 16
 _PIECE_MINIMUM: Final = 64 << 10
 #: Content up to this size is read and sent like any other response; above it the kernel sends the file.
 _INLINE_SIZE: Final = 64 << 10
@@ -189,13 +190,13 @@ class Sender:
     a wake-up of the loop for each filled socket buffer.
     """
 
-    def __init__(self, threads: int, stall_seconds: float, *, begin: Callable[[], None] | None = None) -> None:
-        """Send with up to `threads` threads; drop clients that take nothing for `stall_seconds`.
+    def __init__(self, stall_seconds: float, *, begin: Callable[[], None] | None = None) -> None:
+        """Drop clients that take nothing for `stall_seconds`.
 
         `begin` is called in each of the threads that open files and read small ones, as it starts.
         """
         self._openers = Threads(_OPENERS, "open", begin)
-        self._threads = Threads(threads, "send")
+        self._threads = Threads(_SENDERS, "send")
         self._stall = stall_seconds
 
     async def send(

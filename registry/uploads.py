@@ -1,6 +1,6 @@
 """`/v2/<name>/blobs/uploads/`: pushing blobs. [distribution-spec: end-4a, 4b, 5, 6, 11, 13, 14]
 
-POST ──► session (row) ──► PATCH … PATCH ──► PUT ?digest= ──► blob
+POST ──► session ──► PATCH … PATCH ──► PUT ?digest= ──► blob
 └─ ?digest= with a body: all of it in one request
 └─ ?mount=: nothing to send, or else a session
 """

@@ -25,18 +25,20 @@ class Job(Generic[T]):
     __slots__ = ("_ended", "_loop", "_work")
 
     def __init__(self, work: Callable[..., T]) -> None:
-        """Prepare `work`; it is called with what `run` is given."""
+        """Prepare `work`; it is called with what the method `work` is given."""
         self._work = work
         self._loop = asyncio.get_running_loop()
         self._ended: _Ended[T] = _Ended(loop=self._loop)
 
-    def run(self, *args: Any) -> None:
-        """Do the work here, and tell whoever waits."""
+    def run(self, ended: Callable[[], None]) -> None:
+        """Do the work here, call `ended`, and tell whoever waits."""
         try:
-            result = self._work(*args)
+            result = self._work()
         except BaseException as error:
+            ended()
             self.fail(error)
         else:
+            ended()
             self.succeed(result)
 
     def work(self, *args: Any) -> T:
@@ -76,7 +78,8 @@ class _Ended(asyncio.Future[T]):
 _PROCESSORS: Final = os.sched_getaffinity(0)
 
 
-def _run_anywhere() -> None:
+def run_anywhere() -> None:
+    """Let the calling thread run on any processor, though the one that started it keeps to one."""
     # They may have been taken from us since; then the kernel has chosen others.
     with contextlib.suppress(OSError):
         os.sched_setaffinity(0, _PROCESSORS)
@@ -94,25 +97,29 @@ class Threads:
             begin: called in each thread as it starts. Without it they run on any processor, also where the thread
                 that started them keeps to one.
         """
-        self._begin = begin or _run_anywhere
+        self._begin = begin or run_anywhere
         self._limit = limit
         self._name = name
         self._jobs: SimpleQueue[Job[Any] | None] = SimpleQueue()
         self._threads: list[Thread] = []
-        #: An entry for each thread that waits for a job; appending and popping are atomic.
+        #: An entry for each thread that has ended a job and was not counted on since; both are atomic.
         self._idle: list[None] = []
         self._is_closed = False
 
     async def run(self, job: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Run `job` in a thread and wait until it ended, whatever happens meanwhile."""
+        """Run `job` in a thread and wait until it ended, whatever happens meanwhile.
+
+        Raises:
+            RuntimeError: `close` was called, or there is no thread and none can be started.
+        """
         if self._is_closed:
             raise RuntimeError(f"the {self._name} threads have ended")
-        queued = Job(partial(job, *args, **kwargs))
-        self._jobs.put(queued)
         try:
             self._idle.pop()
         except IndexError:
             self._start()
+        queued = Job(partial(job, *args, **kwargs))
+        self._jobs.put(queued)
         return await queued.wait()
 
     async def close(self) -> None:
@@ -121,17 +128,27 @@ class Threads:
         await asyncio.to_thread(self._end)
 
     def _start(self) -> None:
-        if len(self._threads) < self._limit:
-            thread = Thread(target=self._work, name=f"{self._name}-{len(self._threads)}", daemon=True)
-            self._threads.append(thread)
+        if len(self._threads) >= self._limit:
+            return
+        thread = Thread(target=self._work, name=f"{self._name}-{len(self._threads)}", daemon=True)
+        try:
             thread.start()
+        except RuntimeError:
+            # As many as the system allows; those that are there will do it.
+            if not self._threads:
+                raise
+            return
+        self._threads.append(thread)
 
     def _work(self) -> None:
         self._begin()
         while (job := self._jobs.get()) is not None:
-            job.run()
+            job.run(self._ended)
+            # Whoever waited is told, and what it was given is not to be kept alive by us.
             del job
-            self._idle.append(None)
+
+    def _ended(self) -> None:
+        self._idle.append(None)
 
     def _end(self) -> None:
         for _ in self._threads:

@@ -85,11 +85,6 @@ def find(connection: Connection, name: RepositoryName, digest: Digest) -> Stored
     return StoredBlob(*row) if row else None
 
 
-def exists_anywhere(connection: Connection, digest: Digest) -> bool:
-    """Return whether any repository's blob has these bytes already."""
-    return _id.scalar(connection, digest=str(digest)) is not None
-
-
 def holders(connection: Connection, digest: Digest, limit: int = 100) -> list[str]:
     """Return names of repositories that hold the blob."""
     return list(

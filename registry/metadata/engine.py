@@ -203,10 +203,10 @@ def _outcome(connection: Connection, write: _Write) -> _Outcome:
     changes = driver(connection).total_changes
     try:
         return write.job.work(connection), None
-    except (OperationalError, sqlite3.OperationalError):
-        # The database itself failed, for all of them.
-        raise
     except Exception as error:
+        if _is_down(error):
+            # For all of them.
+            raise
         if driver(connection).total_changes != changes:
             raise _MustBeUndone(error) from error
         return None, error
@@ -255,6 +255,11 @@ def prepare(connection: sqlite3.Connection) -> None:
     connection.execute("PRAGMA cache_size=-8192")
 
 
+def _is_down(error: Exception) -> bool:
+    """Return whether the database itself failed, and not what was asked of it."""
+    return isinstance(error, OperationalError | sqlite3.OperationalError) or type(error) in _DAMAGED
+
+
 @contextlib.contextmanager
 def _sql_errors() -> Iterator[None]:
     try:
@@ -263,6 +268,6 @@ def _sql_errors() -> Iterator[None]:
         text = str(error.orig if isinstance(error, DBAPIError) else error)
         if "disk is full" in text or "disk I/O error" in text:
             raise MetadataFull(f"no space left for the database: {text}") from error
-        if isinstance(error, OperationalError | sqlite3.OperationalError) or type(error) in _DAMAGED:
+        if _is_down(error):
             raise MetadataUnavailable(f"the database does not answer: {text}") from error
         raise

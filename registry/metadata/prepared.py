@@ -6,23 +6,22 @@ do not need: types that must be converted, and rows with names.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, Final
+import sqlite3
+from collections.abc import Mapping
+from typing import Any
 
 from sqlalchemy import Connection, Dialect, Executable
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.sql.compiler import SQLCompiler
 
-_Arrange = Callable[[Mapping[str, Any]], Any]
-
 
 class Prepared:
-    """A statement with named parameters, for whichever database a connection leads to."""
+    """A statement with named parameters."""
 
     def __init__(self, statement: Executable) -> None:
         """Prepare `statement`, whose values are all `bindparam`s, numbers, texts or bytes."""
         self._statement = statement
-        self._compiled: dict[str, tuple[str, _Arrange]] = {}
+        self._compiled: tuple[str, tuple[str, ...], dict[str, Any]] | None = None
 
     def first(self, connection: Connection, **parameters: Any) -> Any:
         """Run it and return the first row as a tuple, or None."""
@@ -40,29 +39,21 @@ class Prepared:
         return count
 
     def _run(self, connection: Connection, parameters: Mapping[str, Any]) -> Any:
-        dialect = connection.dialect
-        text, arrange = self._compiled.get(dialect.name) or self._compile(dialect)
+        text, names, constants = self._compiled or self._compile(connection.dialect)
+        given = {**constants, **parameters} if constants else parameters
         try:
-            return driver(connection).execute(text, arrange(parameters))
-        except dialect.loaded_dbapi.Error as error:
-            base = dialect.loaded_dbapi.Error
-            raise DBAPIError.instance(text, None, error, base, hide_parameters=True, dialect=dialect) from error
+            return driver(connection).execute(text, [given[name] for name in names])
+        except sqlite3.Error as error:
+            raise DBAPIError.instance(
+                text, None, error, sqlite3.Error, hide_parameters=True, dialect=connection.dialect
+            ) from error
 
-    def _compile(self, dialect: Dialect) -> tuple[str, _Arrange]:
+    def _compile(self, dialect: Dialect) -> tuple[str, tuple[str, ...], dict[str, Any]]:
         compiled = self._statement.compile(dialect=dialect)  # type: ignore[attr-defined]
         assert isinstance(compiled, SQLCompiler)
         constants = {name: value for name, value in compiled.params.items() if value is not None}
-        names: Final = compiled.positiontup
-
-        def by_name(given: Mapping[str, Any]) -> Mapping[str, Any]:
-            return {**constants, **given} if constants else given
-
-        def by_position(given: Mapping[str, Any]) -> Any:
-            values = by_name(given)
-            return [values[name] for name in names or ()]
-
-        result = self._compiled[dialect.name] = (compiled.string, by_position if compiled.positional else by_name)
-        return result
+        self._compiled = compiled.string, tuple(compiled.positiontup or ()), constants
+        return self._compiled
 
 
 def driver(connection: Connection) -> Any:

@@ -58,8 +58,7 @@ def in_thread(affinity: Affinity, then: threading.Event) -> int:
         then.wait(30)
 
     threading.Thread(target=work, daemon=True).start()
-    while not joined:
-        time.sleep(0.001)
+    wait_until(lambda: joined, "a thread to join")
     return joined[0]
 
 
@@ -102,6 +101,35 @@ def test_their_own_work_is_not_taken_for_that_of_others(processors: Processors) 
     processors.spend({first: 0.9}, seconds=0.33)
     affinity.look()
     assert affinity.processor == first
+
+
+@needs_two
+def test_a_processor_that_was_taken_away_is_left(processors: Processors) -> None:
+    affinity = Affinity(stat=processors.file)
+    lines = processors.file.read_text().splitlines()
+    processors.file.write_text("\n".join(line for line in lines if not line.startswith(f"cpu{min(ALL)} ")))
+    affinity.look()
+    processors.spend(dict.fromkeys(ALL, 0.01))
+    lines = processors.file.read_text().splitlines()
+    processors.file.write_text("\n".join(line for line in lines if not line.startswith(f"cpu{min(ALL)} ")))
+    affinity.look()
+    assert affinity.processor in ALL - {min(ALL)}
+
+
+def test_where_nothing_can_be_told_nobody_is_kept(tmp_path: Path) -> None:
+    affinity = Affinity(stat=tmp_path / "absent")
+    affinity.join()
+    affinity.look()
+    assert os.sched_getaffinity(0) == ALL
+
+
+@needs_two
+def test_when_nothing_can_be_told_any_more_nobody_moves(processors: Processors) -> None:
+    affinity = Affinity(stat=processors.file)
+    processors.file.unlink()
+    affinity.look()
+    affinity.look()
+    assert affinity.processor == min(ALL)
 
 
 @needs_two
@@ -161,7 +189,7 @@ def test_a_server_keeps_its_loop_to_one_processor_and_its_large_work_to_none(tmp
 
 
 @needs_two
-def test_workers_keep_to_processors_of_their_own(tmp_path: Path) -> None:
+def test_each_worker_keeps_to_a_processor(tmp_path: Path) -> None:
     with hythe_server(tmp_path, "--workers", "2") as server:
         children = Path(f"/proc/{server.pid}/task/{server.pid}/children").read_text().split()
 
@@ -169,4 +197,3 @@ def test_workers_keep_to_processors_of_their_own(tmp_path: Path) -> None:
             return [os.sched_getaffinity(int(child)) for child in children]
 
         wait_until(lambda: sorted(map(len, kept())) == [1, 1], "both workers to serve")
-        assert kept()[0] != kept()[1]

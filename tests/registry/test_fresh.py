@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import sqlite3
+import threading
 from collections.abc import AsyncIterator
 from contextlib import closing
 from pathlib import Path
@@ -20,8 +21,10 @@ from registry.metadata.engine import Database, sqlite_path
 from registry.metadata.sessions import Session
 from storage.digest import Digest
 from storage.errors import OutOfSpace
+from storage.filesystem import FilesystemStore
 from storage.memory import MemoryStore
 from storage.names import RepositoryName
+from tests.conftest import Start
 from tests.content import Client, digest_of
 from tests.registry.talk import ask, begin, files_below, in_pieces
 
@@ -39,6 +42,12 @@ async def fresh(store: MemoryStore, database: Database) -> AsyncIterator[FreshSe
     made = FreshSessions(store, database, enabled=True)
     yield made
     await made.close()
+
+
+@pytest.fixture
+def long_moment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is settled for its age alone."""
+    monkeypatch.setattr(registry.fresh, "_MOMENT", 60)
 
 
 async def opened(fresh: FreshSessions, store: MemoryStore, content: bytes = b"", name: str = "one") -> None:
@@ -67,7 +76,6 @@ async def test_after_a_moment_a_session_has_its_row_and_the_store_its_bytes(
     fresh: FreshSessions, store: MemoryStore, database: Database, content: bytes
 ) -> None:
     await opened(fresh, store, content)
-    assert await found(database) is None
     assert fresh.offset("one", NAME) == len(content)
     session = await comes_to_have_a_row(database)
     assert session.checkpoint.offset == len(content)
@@ -78,6 +86,7 @@ async def test_after_a_moment_a_session_has_its_row_and_the_store_its_bytes(
     assert await upload.commit(Digest.of(content + b"more"))
 
 
+@pytest.mark.usefixtures("long_moment")
 async def test_only_the_first_bytes_are_kept_and_only_few(fresh: FreshSessions, store: MemoryStore) -> None:
     await opened(fresh, store)
     assert not fresh.keep("one", NAME, bytes((32 << 10) + 1))
@@ -166,6 +175,7 @@ async def test_on_a_full_disk_a_session_waits_for_room(
     assert (await comes_to_have_a_row(database)).checkpoint.offset == len(CONTENT)
 
 
+@pytest.mark.usefixtures("long_moment")
 async def test_too_many_at_once_have_their_rows_at_once(
     fresh: FreshSessions, store: MemoryStore, database: Database
 ) -> None:
@@ -184,6 +194,7 @@ async def test_where_others_might_ask_every_session_has_its_row_at_once(store: M
     await fresh.close()
 
 
+@pytest.mark.usefixtures("long_moment")
 async def test_the_end_of_the_server_loses_no_session(
     fresh: FreshSessions, store: MemoryStore, database: Database
 ) -> None:
@@ -196,6 +207,34 @@ async def test_the_end_of_the_server_loses_no_session(
         assert session.checkpoint.offset == len(CONTENT)
 
 
+async def test_one_that_cannot_be_settled_keeps_no_other_from_it(
+    fresh: FreshSessions, store: MemoryStore, database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A row that is there already: nothing that should happen, and nothing that may harm the rest.
+    await database.note(sessions.create, "upload-0", NAME, store.begin("upload-0", "sha256"))
+    for number in range(3):
+        await opened(fresh, store, CONTENT, f"upload-{number}")
+    for number in (1, 2):
+        assert (await comes_to_have_a_row(database, f"upload-{number}")).checkpoint.offset == len(CONTENT)
+    assert len(fresh) == 1
+    fresh.cancel("upload-0", NAME)
+
+
+async def test_while_the_database_hangs_nothing_piles_up(
+    fresh: FreshSessions, store: MemoryStore, database: Database
+) -> None:
+    may_go_on = threading.Event()
+    blocking = asyncio.create_task(database.note(lambda _: may_go_on.wait(30)))
+    await asyncio.sleep(0.05)
+    await opened(fresh, store, CONTENT)
+    before = len(asyncio.all_tasks())
+    await asyncio.sleep(0.6)
+    assert len(asyncio.all_tasks()) <= before + 4
+    may_go_on.set()
+    await blocking
+    await comes_to_have_a_row(database)
+
+
 # --- seen from outside ----------------------------------------------------------------------------------------
 
 
@@ -206,6 +245,7 @@ def rows(settings: Settings) -> int:
         return count
 
 
+@pytest.mark.usefixtures("long_moment")
 async def test_a_quick_push_never_has_a_row(client: Client, settings: Settings) -> None:
     seen = set()
     for number in range(5):
@@ -240,6 +280,55 @@ async def test_a_push_in_any_pieces_at_any_pace_arrives(client: Client, sizes: l
     assert (await ask(client, "GET", created.headers["Location"])).body == whole
     assert (await ask(client, "GET", location)).status == 404
     assert (await ask(client, "PUT", f"{location}?digest={digest_of(whole)}")).status == 404
+
+
+class UnluckyStore(FilesystemStore):
+    """A store that has no room for a name until it is told otherwise."""
+
+    has_room = False
+
+    def _publish(self, source: str, key: str) -> None:
+        if not self.has_room:
+            raise OutOfSpace("no space left for blobs")
+        super()._publish(source, key)
+
+
+@pytest.fixture
+async def unlucky(start: Start, tmp_path: Path) -> tuple[Client, UnluckyStore, str]:
+    """A registry in which a push just failed for want of room, its store, and where the upload is."""
+    store = UnluckyStore(tmp_path / "store")
+    client = await start(store=store)
+    location = await begin(client)
+    assert (await ask(client, "PATCH", location, data=CONTENT)).status == 202
+    assert (await ask(client, "PUT", f"{location}?digest={digest_of(CONTENT)}")).status == 507
+    return client, store, location
+
+
+async def test_a_push_that_found_no_room_can_be_repeated(unlucky: tuple[Client, UnluckyStore, str]) -> None:
+    client, store, location = unlucky
+    assert (await ask(client, "GET", location)).headers["Range"] == f"0-{len(CONTENT) - 1}"
+    store.has_room = True
+    created = await ask(client, "PUT", f"{location}?digest={digest_of(CONTENT)}")
+    assert created.status == 201
+    assert (await ask(client, "GET", created.headers["Location"])).body == CONTENT
+    assert not files_below(store.root / "uploads")
+
+
+async def test_a_push_that_found_no_room_can_be_gone_on_with(unlucky: tuple[Client, UnluckyStore, str]) -> None:
+    client, store, location = unlucky
+    store.has_room = True
+    assert (await ask(client, "PATCH", location, data=b"more")).status == 202
+    created = await ask(client, "PUT", f"{location}?digest={digest_of(CONTENT + b'more')}")
+    assert created.status == 201
+    assert (await ask(client, "GET", created.headers["Location"])).body == CONTENT + b"more"
+
+
+async def test_a_push_that_found_no_room_can_be_cancelled_and_leaves_nothing(
+    unlucky: tuple[Client, UnluckyStore, str],
+) -> None:
+    client, store, location = unlucky
+    assert (await ask(client, "DELETE", location)).status == 204
+    assert not files_below(store.root / "uploads")
 
 
 async def test_of_two_who_finish_at_once_one_wins(client: Client) -> None:

@@ -154,6 +154,17 @@ async def test_where_the_database_itself_fails_no_unit_of_the_batch_is_acknowled
     assert await database.read(ids) == {"c"}
 
 
+async def test_a_damaged_database_is_no_fault_of_what_was_asked(database: Database) -> None:
+    def damaged(_: Connection, __: str = "") -> None:
+        raise sqlite3.DatabaseError("database disk image is malformed")
+
+    for attempt in (database.write(damaged), database.note(damaged), database.read(damaged)):
+        with pytest.raises(MetadataUnavailable):
+            await attempt
+    results = await batch(database, (add, "a"), (damaged, ""), (add, "b"))
+    assert [type(result) for result in results] == [MetadataUnavailable] * 3
+
+
 async def test_what_stands_in_the_queue_together_is_committed_together(database: Database) -> None:
     def version(_: Connection) -> int:
         return int(watcher.execute("PRAGMA data_version").fetchone()[0])
@@ -534,7 +545,7 @@ async def test_who_lost_the_session_cannot_finish_with_it(database: Database) ->
     digest = Digest.of(b"content")
     with pytest.raises(BlobUploadUnknown):
         await database.write(blobs.finish_upload, "a", "writer", NAME, digest, StoredBlob("key", 7))
-    assert not await database.read(blobs.exists_anywhere, digest)
+    assert not await database.read(blobs.known_keys, ["key"])
 
 
 async def test_annotations_and_platforms_are_kept_as_json(database: Database) -> None:

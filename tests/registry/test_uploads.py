@@ -14,6 +14,7 @@ from storage.digest import HEX_LENGTH
 from tests.conftest import Start
 from tests.content import Client, digest_of
 from tests.registry.talk import Answer, Wire, ask, begin, files_below, in_pieces, wire
+from tests.storage.conftest import open_files
 
 CONTENT = secrets.token_bytes(3000)
 DIGEST = digest_of(CONTENT)
@@ -377,3 +378,21 @@ async def test_a_client_that_stops_sending_is_let_go_and_its_bytes_are_kept(star
         assert (answer.status, answer.codes) == (408, ["UNSUPPORTED"])
         assert await connection.rest() == b""
     await check_it_can_be_finished(client, location)
+
+
+@pytest.mark.parametrize("query", ["", "&digest-algorithm=sha512"])
+async def test_an_upload_whose_bytes_were_lost_is_over_and_leaves_nothing(
+    client: Client, settings: Settings, query: str
+) -> None:
+    uploads = Path(settings.storage.filesystem.root) / "uploads"
+    content = secrets.token_bytes(50_000)
+    location = await begin(client, query=query.replace("&", "?"))
+    assert (await ask(client, "PATCH", location, data=content)).status == 202
+    (file,) = files_below(uploads)
+    with file.open("r+b") as damaged:
+        damaged.truncate(100)
+    answer = await ask(client, "PUT", f"{location}?digest={digest_of(content)}")
+    assert (answer.status, answer.codes) == (404, ["BLOB_UPLOAD_UNKNOWN"])
+    assert not files_below(uploads)
+    assert not open_files(uploads)
+    assert (await ask(client, "GET", location)).status == 404
