@@ -126,7 +126,8 @@ class Answers:
             len(body),
             request.headers.get(hdrs.USER_AGENT, ""),
         )
-        self._cache.put(head, answer, epoch, ENTRY_SIZE + len(head) + len(start) + len(body))
+        size = len(head) + len(start) + len(body) + len(answer.path) + len(answer.agent)
+        self._cache.put(head, answer, epoch, ENTRY_SIZE + size)
 
     def _is_asked_again(self, head: bytes) -> bool:
         """Tell what is asked twice from what is asked once, which would only push out the rest."""

@@ -25,6 +25,8 @@ from aiohttp.http_exceptions import HttpProcessingError
 from registry.config import LogSettings
 
 _BATCH: Final = 128
+#: Batches that may wait to be written.
+_QUEUE_LIMIT: Final = 256
 
 
 class Access(msgspec.Struct):
@@ -78,7 +80,9 @@ class AccessLog:
     def flush(self) -> None:
         """Hand over what was gathered."""
         if self._lines:
-            self._queue.put(b"".join(self._lines))
+            # Where nobody reads, lines are lost, and not kept until memory is full.
+            if self._queue.qsize() < _QUEUE_LIMIT:
+                self._queue.put(b"".join(self._lines))
             self._lines.clear()
 
     def close(self) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 import select
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import aclosing, asynccontextmanager
 from typing import Final
 
 from aiohttp import StreamReader, hdrs, web
@@ -60,7 +60,7 @@ class Receiver:
         """End the threads."""
         await self._threads.close()
 
-    def pieces(self, request: web.Request) -> AsyncIterator[list[Piece]]:
+    def pieces(self, request: web.Request) -> AsyncGenerator[list[Piece], None]:
         """Yield the body in lists of pieces, each list as large as the budget allows now.
 
         A body that ends early yields what came and raises afterwards. A list is good until the next but one is
@@ -76,7 +76,7 @@ class Receiver:
             return connection.pieces(self._threads, self._piece_size, self._stall)
         return self._parsed_pieces(request)
 
-    async def _parsed_pieces(self, request: web.Request) -> AsyncIterator[list[Piece]]:
+    async def _parsed_pieces(self, request: web.Request) -> AsyncGenerator[list[Piece], None]:
         """Yield the body that aiohttp has parsed."""
         gathered: list[Piece] = []
         size = 0
@@ -175,11 +175,13 @@ async def read_limited(request: web.Request, receiver: Receiver, limit: int) -> 
     if (request.content_length or 0) > limit:
         return None
     body = bytearray()
-    async for pieces in receiver.pieces(request):
-        for piece in pieces:
-            body += piece
-        if len(body) > limit:
-            return None
+    # Closed at once: whoever is next reads where this one stopped.
+    async with aclosing(receiver.pieces(request)) as coming:
+        async for pieces in coming:
+            for piece in pieces:
+                body += piece
+            if len(body) > limit:
+                return None
     return bytes(body)
 
 

@@ -8,6 +8,7 @@ POST ──► session ──► PATCH … PATCH ──► PUT ?digest= ──�
 from __future__ import annotations
 
 import time
+from contextlib import aclosing, suppress
 from typing import Final
 
 from aiohttp import hdrs, web
@@ -15,7 +16,7 @@ from aiohttp import hdrs, web
 from registry import locations
 from registry.access import Access, Right
 from registry.calls import Call
-from registry.errors import ChunkOutOfOrder, DigestInvalid, SizeInvalid
+from registry.errors import ChunkOutOfOrder, DigestInvalid, MetadataError, RegistryError, SizeInvalid
 from registry.metadata import blobs
 from registry.metadata.engine import Database
 from registry.ranges import parse_chunk
@@ -23,7 +24,7 @@ from registry.responses import BYTES_IN
 from registry.sessions import Claim, Sessions
 from registry.transfer import Appender, Receiver, whole_body
 from storage.digest import CANONICAL, Digest, check_algorithm
-from storage.errors import InvalidName
+from storage.errors import InvalidName, StorageError
 from storage.names import RepositoryName, parse_repository
 
 #: After so many bytes, or so many seconds, a long request notes how far it came: for clients that can resume.
@@ -50,9 +51,15 @@ class Uploads:
         digest = Digest.parse(wanted) if wanted is not None else None
         algorithm = check_algorithm(call.parameter("digest-algorithm") or (digest and digest.algorithm) or CANONICAL)
         session_id = await self._sessions.open(call.repository, algorithm)
-        if digest is not None:
+        if digest is None:
+            return _accepted(call, session_id, 0)
+        try:
             return await self._finish(call, session_id, digest)
-        return _accepted(call, session_id, 0)
+        except BaseException:
+            # Nobody was told of this session, so nobody can go on with it.
+            with suppress(RegistryError, MetadataError, StorageError):
+                await self._sessions.cancel(call.repository, session_id)
+            raise
 
     async def status(self, call: Call) -> web.StreamResponse:
         """GET: how far the upload is. [end-13]"""
@@ -142,14 +149,16 @@ class Uploads:
         appender = Appender(claim.upload)
         received, noted, noted_at = 0, 0, time.monotonic()
         try:
-            async for pieces in self._receiver.pieces(call.request):
-                received += sum(map(len, pieces))
-                await appender.write(pieces)
-                due = received - noted >= _CHECKPOINT_SIZE
-                if due or time.monotonic() - noted_at >= _CHECKPOINT_SECONDS:
-                    await appender.flush()
-                    await self._sessions.note(claim)
-                    noted, noted_at = received, time.monotonic()
+            # Closed at once: whoever is next reads where this one stopped.
+            async with aclosing(self._receiver.pieces(call.request)) as coming:
+                async for pieces in coming:
+                    received += sum(map(len, pieces))
+                    await appender.write(pieces)
+                    due = received - noted >= _CHECKPOINT_SIZE
+                    if due or time.monotonic() - noted_at >= _CHECKPOINT_SECONDS:
+                        await appender.flush()
+                        await self._sessions.note(claim)
+                        noted, noted_at = received, time.monotonic()
         finally:
             call.request[BYTES_IN] = received
             await appender.flush()

@@ -19,7 +19,7 @@ import asyncio
 import os
 import re
 import socket
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from typing import Final, cast
 
 import structlog
@@ -32,11 +32,17 @@ from registry.responses import json_response
 from storage.threads import Threads
 
 #: The head of a request that sends a blob, all of it in one piece, in chunked encoding and nothing else.
-_UPLOAD: Final = re.compile(rb"(?:PATCH|PUT|POST) [^ \r\n]*/blobs/uploads/[^ \r\n]* HTTP/1\.1\r\n")
+_UPLOAD: Final = re.compile(rb"(?:PATCH|PUT|POST) [^ ?\r\n]*/blobs/uploads/[^ \r\n]* HTTP/1\.1\r\n")
 _CHUNKED: Final = re.compile(rb"\r\ntransfer-encoding:[ \t]*chunked[ \t]*\r\n", re.IGNORECASE)
 _LENGTH: Final = re.compile(rb"\r\n(?:content-length|content-encoding|upgrade)[ \t]*:", re.IGNORECASE)
 _HEAD_LIMIT: Final = 16 << 10
 _LAST_CHUNK: Final = b"\r\n0\r\n\r\n"
+#: How many bytes may come though reading is paused, before a body is taken.
+_HELD_LIMIT: Final = 1 << 20
+_CONTENT_LENGTH: Final = re.compile(rb"\r\ncontent-length:[ \t]*([0-9]{1,15})[ \t]*(?=\r\n)", re.IGNORECASE)
+_CODING: Final = re.compile(rb"\r\n(?:transfer-encoding|upgrade)[ \t]*:", re.IGNORECASE)
+_CHUNK: Final = re.compile(rb"([0-9a-fA-F]{1,8})\r\n")
+
 _OUR_FAULT: Final = 500
 #: Seconds, well below those after which a silent connection is ended.
 _REFRESH: Final = 30.0
@@ -53,7 +59,12 @@ class Connection(asyncio.Protocol):
         self._answers = answers
         self._transport: asyncio.Transport | None = None
         self._held: bytes | None = None
+        self._is_taken = False
         self._to_skip = 0
+        #: Whether it is known where the current request ends; how many bytes of it are to come; whether it is answered.
+        self._is_clear = True
+        self._to_come = 0
+        self._is_answered = True
         #: Nothing but plain heads came so far.
         self._is_plain = True
         #: The head that is being answered, and the epoch in which it came; when the last one came.
@@ -64,8 +75,8 @@ class Connection(asyncio.Protocol):
 
     @property
     def holds_body(self) -> bool:
-        """Whether a body waits to be taken."""
-        return self._held is not None
+        """Whether a body waits to be taken: that of the one request which is being answered."""
+        return self._held is not None and not self._is_taken
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         # uvloop's transports are no subclasses of asyncio's.
@@ -94,22 +105,48 @@ class Connection(asyncio.Protocol):
         if self._is_plain and self._answer_again(data):
             return
         if self._held is not None:
-            self._held += data
+            self._hold(data)
             return
         if self._to_skip:
             skipped = min(self._to_skip, len(data))
             self._to_skip -= skipped
             data = data[skipped:]
-        end = _end_of_upload_head(data)
+        is_next = self._is_clear and not self._to_come and self._is_answered
+        end = _end_of_upload_head(data) if is_next else 0
         # A body that came with its head is small, and nothing is gained by another way.
         if end and not data.endswith(_LAST_CHUNK) and self._transport is not None:
+            self._is_answered = False
             self._held = data[end:]
             self._transport.pause_reading()
-            data = data[:end]
+            self._inner.data_received(data[:end])
+            return
+        self._follow(data, is_next=is_next)
         self._inner.data_received(data)
+
+    def _hold(self, data: bytes) -> None:
+        """Keep what comes before the body is taken, though reading is paused; that cannot be much."""
+        assert self._held is not None
+        self._held += data
+        if (self._is_taken or len(self._held) > _HELD_LIMIT) and self._transport is not None:
+            self._transport.abort()
+
+    def _follow(self, data: bytes, *, is_next: bool) -> None:
+        """Keep knowing where requests begin, or know that it is not known any more.
+
+        Only where one begins, and no other is being answered, a body may be held back: bytes in the middle of another
+        body may look like the head of an upload.
+        """
+        if is_next:
+            self._is_answered = False
+            to_come = _bytes_to_come(data)
+        else:
+            to_come = self._to_come - len(data) if self._to_come else None
+        self._is_clear = self._is_clear and to_come is not None and to_come >= 0
+        self._to_come = to_come if self._is_clear and to_come else 0
 
     def answered(self, request: web.BaseRequest, response: web.StreamResponse) -> None:
         """Hear that an answer is out, whole."""
+        self._is_answered = True
         asked, self._asked = self._asked, None
         if asked and self._is_plain:
             self._answers.remember(*asked, request, response)
@@ -128,11 +165,14 @@ class Connection(asyncio.Protocol):
         return False
 
     def leave_body(self) -> None:
-        """Let aiohttp have the body after all."""
-        if self._held is not None:
+        """Let aiohttp have the body after all, if nobody took it."""
+        if self._held is not None and not self._is_taken:
+            self._is_clear = False
             self._give_back(b"", self._held)
 
-    async def pieces(self, threads: Threads, size: Callable[[], int], stall: float) -> AsyncIterator[list[Piece]]:
+    async def pieces(
+        self, threads: Threads, size: Callable[[], int], stall: float
+    ) -> AsyncGenerator[list[Piece], None]:
         """Take the body, and yield it in lists of pieces.
 
         A list is good until the next but one is asked for: there are two buffers.
@@ -149,6 +189,7 @@ class Connection(asyncio.Protocol):
         """
         assert self._held is not None
         body = ChunkedBody(self._held)
+        self._held, self._is_taken = b"", True
         with self._duplicate() as sock:
             try:
                 while not body.is_finished:
@@ -167,9 +208,12 @@ class Connection(asyncio.Protocol):
         return socket.socket(fileno=os.dup(self._transport.get_extra_info("socket").fileno()))
 
     def _end(self, body: ChunkedBody) -> None:
+        self._is_taken = False
         if body.is_finished:
             self._give_back(b"0\r\n\r\n", body.rest)
-        elif body.remaining:
+            return
+        self._is_clear = False
+        if body.remaining:
             self._give_back(b"%x\r\n" % body.remaining, body.rest)
         else:
             self._to_skip = body.to_skip
@@ -195,6 +239,35 @@ def _end_of_upload_head(data: bytes) -> int:
     if end < 4 or not _CHUNKED.search(data, 0, end) or _LENGTH.search(data, 0, end):
         return 0
     return end
+
+
+def _bytes_to_come(data: bytes) -> int | None:
+    """Return how many bytes are missing of the request that begins `data`; None where that cannot be told for sure."""
+    end = data.find(b"\r\n\r\n") + 4
+    head = data[:end]
+    if end < 4 or not head.count(b"\n") == head.count(b"\r") == head.count(b"\r\n"):
+        return None
+    lengths = _CONTENT_LENGTH.findall(head)
+    if len(lengths) != head.lower().count(b"content-length"):
+        return None
+    if _CODING.search(head):
+        is_whole = not lengths and _CHUNKED.search(head) is not None and _is_whole_in_chunks(data, end)
+        return 0 if is_whole else None
+    if len(lengths) > 1:
+        return None
+    return end + int(lengths[0] if lengths else 0) - len(data)
+
+
+def _is_whole_in_chunks(data: bytes, position: int) -> bool:
+    """Return whether a body in chunks ends where `data` does."""
+    while match := _CHUNK.match(data, position):
+        size = int(match[1], 16)
+        position = match.end() + size + 2
+        if data[position - 2 : position] != b"\r\n":
+            return False
+        if not size:
+            return position == len(data)
+    return False
 
 
 class _Handler(web.RequestHandler):

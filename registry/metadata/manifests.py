@@ -100,12 +100,13 @@ def put(
     Raises:
         ManifestBlobUnknown: it points to content that is not in the repository, and not `sparse`.
     """
-    repository_id = repositories.ensure(connection, name)
-    found = _resolve(connection, repository_id, pushed.facts.links)
+    # Nothing is changed before it is known to be good: what must be undone costs all who commit together.
+    found = _resolve(connection, repositories.find(connection, name), pushed.facts.links)
     missing = [link for link in pushed.facts.links if link.is_required and not found[link.digest].is_held]
     if missing and not sparse:
         wanted = {str(link.digest): link.descriptor.media_type for link in missing}
         raise ManifestBlobUnknown(list(wanted.items()))
+    repository_id = repositories.ensure(connection, name)
     manifest_id = connection.scalar(select(manifest.c.id).where(manifest.c.digest == str(pushed.digest)))
     if manifest_id is None:
         manifest_id = _insert_manifest(connection, pushed, found)
@@ -126,7 +127,7 @@ class _Found:
     is_held: bool = False
 
 
-def _resolve(connection: Connection, repository_id: int, links: Sequence[Link]) -> dict[Digest, _Found]:
+def _resolve(connection: Connection, repository_id: int | None, links: Sequence[Link]) -> dict[Digest, _Found]:
     found = {link.digest: _Found() for link in links}
     digests = [str(digest) for digest in found]
     children = [str(link.digest) for link in links if link.relation is Relation.CHILD]

@@ -2,14 +2,17 @@
 
 import asyncio
 import secrets
+import sqlite3
 import uuid
 from collections.abc import AsyncIterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
 from registry.app import Process
 from registry.config import Settings
+from registry.metadata.engine import sqlite_path
 from storage.digest import HEX_LENGTH
 from tests.conftest import Start
 from tests.content import Client, digest_of
@@ -396,3 +399,16 @@ async def test_an_upload_whose_bytes_were_lost_is_over_and_leaves_nothing(
     assert not files_below(uploads)
     assert not open_files(uploads)
     assert (await ask(client, "GET", location)).status == 404
+
+
+async def test_a_single_post_that_fails_leaves_no_session(client: Client, settings: Settings) -> None:
+    async with wire(client) as cut:
+        await cut.request("POST", f"{UPLOADS}?digest={DIGEST}", ["Content-Length: 90000"], b"x" * 50_000)
+        await asyncio.sleep(0.3)
+    for _ in range(500):
+        with closing(sqlite3.connect(sqlite_path(settings.database.url))) as connection:
+            rows = connection.execute("SELECT count(*) FROM upload_session").fetchone()[0]
+        if not rows and not files_below(Path(settings.storage.filesystem.root) / "uploads"):
+            return
+        await asyncio.sleep(0.01)
+    raise AssertionError("it is there still")

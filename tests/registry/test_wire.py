@@ -8,14 +8,16 @@ import json
 import random
 import re
 import socket
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from registry.wire import _bytes_to_come
 from tests.content import digest_of
 from tests.services.processes import HytheServer, hythe_server, wait_until
 
@@ -248,3 +250,108 @@ def test_a_slow_client_keeps_no_thread(tmp_path: Path) -> None:
             raw.send(END)
             assert raw.answer().getheader("Range") == "0-2"
             raw.socket.close()
+
+
+# --- bodies that look like uploads --------------------------------------------------------------------------------
+
+#: The head of an upload, a body in chunks, and something behind it.
+LOOKALIKE = (
+    b"PATCH /v2/a/blobs/uploads/x HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n"
+    b"64\r\n" + b"Z" * 100 + b"\r\n0\r\n\r\n"
+    b"GET /v2/ HTTP/1.1\r\nHost: x\r\nX-Request-Id: smuggled\r\n\r\n"
+)
+
+
+@pytest.mark.parametrize("pause", [0, 0.0005, 0.002, 0.1])
+@pytest.mark.parametrize("is_fresh", [True, False])
+def test_a_body_that_looks_like_an_upload_is_a_body(running: HytheServer, pause: float, is_fresh: bool) -> None:
+    with connected(running) as raw:
+        raw.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        location = raw.start_upload()
+        if not is_fresh:
+            time.sleep(0.3)
+        content = b"#" + LOOKALIKE
+        lines = [f"PATCH {location} HTTP/1.1", "Host: x", f"Content-Length: {len(content)}", "", ""]
+        raw.send("\r\n".join(lines).encode() + b"#")
+        time.sleep(pause)
+        raw.send(LOOKALIKE)
+        answer = raw.answer()
+        assert (answer.status, answer.getheader("Range")) == (202, f"0-{len(content) - 1}")
+        assert raw.ask("GET /v2/", "X-Request-Id: next").getheader("X-Request-Id") == "next"
+        # And what comes next may be an upload in truth.
+        other = raw.start_upload()
+        raw.send(head(other) + chunk(b"x" * 100_000))
+        raw.send(END)
+        assert raw.answer().getheader("Range") == "0-99999"
+        assert raw.finish(location, content).status == 201
+
+
+def test_each_of_two_uploads_gets_its_own_body(running: HytheServer) -> None:
+    with connected(running) as raw:
+        first, second = raw.start_upload(), raw.start_upload()
+        time.sleep(0.3)
+        lines = [f"PATCH {first} HTTP/1.1", "Host: x", "Expect: 100-continue", "Content-Length: 5", "", ""]
+        raw.send("\r\n".join(lines).encode() + b"AAAAA")
+        time.sleep(0.0005)
+        raw.send(head(second) + chunk(b"B" * 20) + END + b"GET /v2/ HTTP/1.1\r\nHost: x\r\n\r\n")
+        text = b""
+        while text.count(b"HTTP/1.1 2") < 3:
+            text += raw.socket.recv(65536)
+        with connected(running) as other:
+            assert other.finish(first, b"AAAAA").status == 201
+            assert other.finish(second, b"B" * 20).status == 201
+
+
+@pytest.mark.parametrize("path", ["/v2/a/manifests/t?x=/blobs/uploads/", "/v2/a/blobs/uploads/manifests/t"])
+def test_the_rest_of_a_manifest_that_is_too_large_is_no_request(running: HytheServer, path: str) -> None:
+    evil = b"0\r\n\r\nGET /v2/ HTTP/1.1\r\nHost: x\r\nX-Request-Id: smuggled\r\n\r\n"
+    content = bytearray(b"A" * (8 << 20))
+    # Wherever reading stops, one of these is what would be taken for the next thing.
+    for place in range(4 << 20, 8 << 20, 4096):
+        content[place - 8 : place - 8 + len(evil)] = evil
+    with connected(running) as raw:
+        raw.send(f"PUT {path} HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n".encode())
+        time.sleep(0.05)
+        text = b""
+        raw.socket.settimeout(3)
+        with suppress(OSError):
+            raw.send(chunk(bytes(content)), END, b"GET /v2/ HTTP/1.1\r\nHost: x\r\nX-Request-Id: real\r\n\r\n")
+        with suppress(OSError):
+            while (piece := raw.socket.recv(65536)) and b"real" not in text:
+                text += piece
+    assert text.startswith(b"HTTP/1.1 413 ")
+    assert b"smuggled" not in text
+
+
+LINES = b"PATCH /x HTTP/1.1\r\nHost: x\r\n"
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        (LINES + b"\r\n", 0),
+        (LINES + b"Content-Length: 5\r\n\r\n", 5),
+        (LINES + b"content-length:5 \r\n\r\nab", 3),
+        (LINES + b"Content-Length: 5\r\n\r\nabcde", 0),
+        (LINES + b"Transfer-Encoding: chunked\r\n\r\n" + chunk(b"abc") + END, 0),
+        (LINES + b"Transfer-Encoding: chunked\r\n\r\n" + END, 0),
+        (LINES + b"Transfer-Encoding: chunked\r\n\r\n", None),
+        (LINES + b"Transfer-Encoding: chunked\r\n\r\n" + chunk(b"abc"), None),
+        (LINES + b"Transfer-Encoding: chunked\r\n\r\n" + END + LINES, None),
+        (LINES + b"Transfer-Encoding: gzip\r\n\r\n" + END, None),
+        (LINES + b"Transfer-Encoding: chunked\r\nContent-Length: 5\r\n\r\n" + END, None),
+        (LINES + b"Content-Length: 5\r\nContent-Length: 5\r\n\r\n", None),
+        (LINES + b"Content-Length: +5\r\n\r\n", None),
+        (LINES + b"Content-Length: 5\nX: y\r\n\r\n", None),
+        (LINES + b"Upgrade: x\r\n\r\n", None),
+        (LINES, None),
+    ],
+)
+def test_where_a_request_ends_is_told_or_said_to_be_unknown(data: bytes, expected: int | None) -> None:
+    assert _bytes_to_come(data) == expected
+
+
+def test_a_request_that_holds_another_is_not_taken_for_one() -> None:
+    told = _bytes_to_come(LINES + b"Content-Length: 2\r\n\r\nabGET / HTTP/1.1\r\n\r\n")
+    assert told is not None
+    assert told < 0
