@@ -63,9 +63,11 @@ class Affinity:
 
     def __post_init__(self) -> None:
         """Choose a processor, where there is a choice."""
-        self._allowed = sorted(os.sched_getaffinity(0))
+        self._allowed = sorted(os.sched_getaffinity(0)) if self.enabled else []
+        if len(self._allowed) < 2:
+            return
         self._seen = self._read()
-        if self.enabled and len(self._allowed) > 1 and self._seen:
+        if self._seen:
             self.processor = self._allowed[self.index % len(self._allowed)]
 
     def join(self) -> None:

@@ -39,9 +39,9 @@ from storage.base import Store
 from storage.filesystem import FilesystemStore
 
 OBSERVER: Final = web.AppKey("observer", Observer)
-log = structlog.get_logger()
-
 ANSWERS: Final = web.AppKey("answers", Answers)
+
+log = structlog.get_logger()
 
 
 @dataclass(frozen=True, slots=True)

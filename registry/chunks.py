@@ -17,6 +17,8 @@ from registry.errors import BadRequest, RegistryError, SizeInvalid
 #: A line that gives a chunk's size; extensions are allowed and mean nothing.
 _SIZE_LINE: Final = re.compile(rb"([0-9a-fA-F]{1,15})[ \t]*(?:;[^\r\n]*)?")
 _LINE_LIMIT: Final = 1024
+#: The same as most clients write it; of anything else `is_whole` is not sure.
+_PLAIN_SIZE_LINE: Final = re.compile(rb"([0-9a-fA-F]{1,8})\r\n")
 #: All that stands between two chunks, as most clients write it.
 _BETWEEN: Final = re.compile(rb"\r\n([1-9a-fA-F][0-9a-fA-F]{0,14})\r\n")
 #: How many chunks are received at once where they are alike, and how large they must be. [POSIX: IOV_MAX]
@@ -190,6 +192,18 @@ class ChunkedBody:
             raise BadRequest("a chunk header is not a size")
         self.remaining = int(match[1], 16)
         self._is_trailer = not self.remaining
+
+
+def is_whole(data: bytes, position: int) -> bool:
+    """Return whether a body in chunks, from `position` on, ends where `data` does. False where that is not sure."""
+    while match := _PLAIN_SIZE_LINE.match(data, position):
+        size = int(match[1], 16)
+        position = match.end() + size + 2
+        if data[position - 2 : position] != b"\r\n":
+            return False
+        if not size:
+            return position == len(data)
+    return False
 
 
 def _receive(sock: socket.socket, into: list[memoryview]) -> int | None:

@@ -7,8 +7,9 @@ acknowledged.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import asynccontextmanager
+from typing import Any
 
 from registry.cache import ENTRY_SIZE, Cache, DataVersion, WriteCounter
 from registry.errors import BlobUnknown, ManifestUnknown
@@ -21,7 +22,11 @@ from storage.names import Reference, RepositoryName, Tag
 
 
 class Contents:
-    """Blobs and manifests of all repositories."""
+    """Blobs and manifests of all repositories.
+
+    Attributes:
+        cache: what is remembered; others may remember there what depends on nothing else.
+    """
 
     def __init__(self, database: Database, cache_bytes: int, *, alone: bool) -> None:
         """Look into `database`.
@@ -30,9 +35,6 @@ class Contents:
             database: where the facts are.
             cache_bytes: memory for what is remembered.
             alone: whether no other process writes to the database.
-
-        Attributes:
-            cache: what is remembered; others may remember there what depends on nothing else.
         """
         self._database = database
         self._writes = WriteCounter()
@@ -53,17 +55,14 @@ class Contents:
 
     async def add_blob(self, name: RepositoryName, digest: Digest, stored: StoredBlob) -> bool:
         """Add a blob; False where one with the same bytes was there before. [registry.metadata.blobs.add]"""
-        epoch = self.cache.epoch()
-        is_ours = await self._database.write(blobs.add, name, digest, stored)
-        return self._learn(name, digest, stored, epoch, is_ours)
+        return await self._added(name, digest, stored, self._database.write(blobs.add, name, digest, stored))
 
     async def finish_upload(
         self, session_id: str, writer: str, name: RepositoryName, digest: Digest, stored: StoredBlob
     ) -> bool:
         """End an upload and add its blob, likewise; raises `BlobUploadUnknown`."""
-        epoch = self.cache.epoch()
-        is_ours = await self._database.write(blobs.finish_upload, session_id, writer, name, digest, stored)
-        return self._learn(name, digest, stored, epoch, is_ours)
+        finishing = self._database.write(blobs.finish_upload, session_id, writer, name, digest, stored)
+        return await self._added(name, digest, stored, finishing)
 
     async def manifest(self, name: RepositoryName, reference: Reference) -> StoredManifest:
         """Return a manifest of a repository, or raise `ManifestUnknown`."""
@@ -104,7 +103,12 @@ class Contents:
         if self._version:
             self._version.close()
 
-    def _learn(self, name: RepositoryName, digest: Digest, stored: StoredBlob, epoch: int, is_ours: bool) -> bool:
+    async def _added(
+        self, name: RepositoryName, digest: Digest, stored: StoredBlob, adding: Coroutine[Any, Any, bool]
+    ) -> bool:
+        """Let a blob be added, and remember it if that is what happened. Nothing begins before the epoch was read."""
+        epoch = self.cache.epoch()
+        is_ours = await adding
         if is_ours:
             self.cache.put(("blob", name, digest), stored, epoch, ENTRY_SIZE)
         return is_ours

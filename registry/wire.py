@@ -26,7 +26,7 @@ import structlog
 from aiohttp import web
 
 from registry.answers import Answers, is_plain
-from registry.chunks import ChunkedBody, Piece
+from registry.chunks import ChunkedBody, Piece, is_whole
 from registry.errors import BadRequest, RequestTimeout, SizeInvalid
 from registry.responses import json_response
 from storage.threads import Threads
@@ -41,7 +41,6 @@ _LAST_CHUNK: Final = b"\r\n0\r\n\r\n"
 _HELD_LIMIT: Final = 1 << 20
 _CONTENT_LENGTH: Final = re.compile(rb"\r\ncontent-length:[ \t]*([0-9]{1,15})[ \t]*(?=\r\n)", re.IGNORECASE)
 _CODING: Final = re.compile(rb"\r\n(?:transfer-encoding|upgrade)[ \t]*:", re.IGNORECASE)
-_CHUNK: Final = re.compile(rb"([0-9a-fA-F]{1,8})\r\n")
 
 _OUR_FAULT: Final = 500
 #: Seconds, well below those after which a silent connection is ended.
@@ -67,7 +66,7 @@ class Connection(asyncio.Protocol):
         self._is_answered = True
         #: Nothing but plain heads came so far.
         self._is_plain = True
-        #: The head that is being answered, and the epoch in which it came; when the last one came.
+        #: The last head that was passed on, and the epoch in which it came; when that was.
         self._asked: tuple[bytes, int] | None = None
         self._asked_at = 0.0
         self._is_full = False
@@ -153,13 +152,13 @@ class Connection(asyncio.Protocol):
 
     def _answer_again(self, data: bytes) -> bool:
         now = asyncio.get_running_loop().time()
-        if self._asked is None and not self._is_full and self._transport is not None:
+        if self._is_answered and not self._is_full and self._transport is not None:
             answer = self._answers.find(data)
             # aiohttp ends a connection on which it hears nothing for long: now and then it gets one.
             if answer and now - self._asked_at < _REFRESH:
                 self._transport.write(self._answers.give(answer, self._remote))
                 return True
-        self._is_plain = self._asked is None and is_plain(data)
+        self._is_plain = self._is_answered and is_plain(data)
         if self._is_plain:
             self._asked, self._asked_at = (data, self._answers.epoch()), now
         return False
@@ -251,23 +250,11 @@ def _bytes_to_come(data: bytes) -> int | None:
     if len(lengths) != head.lower().count(b"content-length"):
         return None
     if _CODING.search(head):
-        is_whole = not lengths and _CHUNKED.search(head) is not None and _is_whole_in_chunks(data, end)
-        return 0 if is_whole else None
+        is_told = not lengths and _CHUNKED.search(head) is not None and is_whole(data, end)
+        return 0 if is_told else None
     if len(lengths) > 1:
         return None
     return end + int(lengths[0] if lengths else 0) - len(data)
-
-
-def _is_whole_in_chunks(data: bytes, position: int) -> bool:
-    """Return whether a body in chunks ends where `data` does."""
-    while match := _CHUNK.match(data, position):
-        size = int(match[1], 16)
-        position = match.end() + size + 2
-        if data[position - 2 : position] != b"\r\n":
-            return False
-        if not size:
-            return position == len(data)
-    return False
 
 
 class _Handler(web.RequestHandler):

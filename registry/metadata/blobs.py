@@ -37,7 +37,8 @@ _find: Final = Prepared(
     .join(repository, repository.c.id == repository_blob.c.repository_id)
     .where(repository.c.name == bindparam("name"), blob.c.digest == bindparam("digest"))
 )
-_id: Final = Prepared(select(blob.c.id).where(blob.c.digest == bindparam("digest")))
+_with_digest: Final = select(blob.c.id).where(blob.c.digest == bindparam("digest"))
+_id: Final = Prepared(_with_digest)
 _insert: Final = Prepared(
     insert(blob)
     .values(
@@ -64,10 +65,8 @@ _waiting: Final = and_(manifest_reference.c.digest == bindparam("digest"), manif
 #: All that is to be known before a blob is added, in one statement.
 _known: Final = Prepared(
     select(
-        select(blob.c.id).where(blob.c.digest == bindparam("digest")).scalar_subquery(),
-        select(repository.c.id)
-        .where(repository.c.name == bindparam("name"), repository.c.has_content)
-        .scalar_subquery(),
+        _with_digest.scalar_subquery(),
+        repositories.ID.scalar_subquery(),
         select(manifest_reference.c.position).where(_waiting).exists(),
     )
 )

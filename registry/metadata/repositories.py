@@ -12,7 +12,9 @@ from registry.metadata.prepared import Prepared
 from registry.metadata.tables import now, repository, repository_manifest, tag
 from storage.names import RepositoryName
 
-_find: Final = Prepared(select(repository.c.id).where(repository.c.name == bindparam("name"), repository.c.has_content))
+#: The id of the repository called `name`, if it has, or had, content.
+ID: Final = select(repository.c.id).where(repository.c.name == bindparam("name"), repository.c.has_content)
+_find: Final = Prepared(ID)
 
 
 @dataclass(frozen=True, slots=True)
