@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
+import msgspec
 import structlog
 from aiohttp import web
 
@@ -25,7 +26,7 @@ from registry.health import Health
 from registry.listings import Listings
 from registry.logs import AccessLog, is_json
 from registry.manifests import Manifests
-from registry.metadata.engine import Database
+from registry.metadata.engine import Database, open_database
 from registry.metrics import Metrics
 from registry.middleware import Observer
 from registry.record import Recorder
@@ -65,8 +66,19 @@ class Process:
 
 def open_store(settings: Settings, affinity: Affinity) -> Store:
     """Return the store that the settings name; its threads for small jobs keep to the processor of `affinity`."""
+    if settings.storage.driver == "s3":
+        # Imported only where it is used: its library takes half a second and 40 MB.
+        from storage.s3 import S3Store
+
+        return S3Store(**msgspec.structs.asdict(settings.storage.s3))
     files = settings.storage.filesystem
     return FilesystemStore(Path(files.root), sync=files.sync, begin=affinity.join)
+
+
+def open_facts(settings: Settings, affinity: Affinity) -> Database:
+    """Return the database that the settings name, which must have been migrated."""
+    facts = settings.database
+    return open_database(facts.url, sync=facts.sync, connections=facts.connections, begin=affinity.join)
 
 
 def build(settings: Settings, *, process: Process | None = None, store: Store | None = None) -> web.Application:
@@ -79,7 +91,7 @@ def build(settings: Settings, *, process: Process | None = None, store: Store | 
     """
     process = process or Process()
     store = store or open_store(settings, process.affinity)
-    database = Database(settings.database.url, sync=settings.database.sync, begin=process.affinity.join)
+    database = open_facts(settings, process.affinity)
     contents = Contents(database, settings.cache.bytes, alone=process.alone)
     fresh = FreshSessions(store, database, enabled=process.alone)
     access = OpenAccess()

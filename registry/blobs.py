@@ -101,6 +101,9 @@ class _Multipart(Content):
     def path(self) -> str | None:
         return None
 
+    async def address(self) -> str | None:
+        return None
+
     async def read(self, start: int, stop: int) -> AsyncIterator[bytes]:
         assert (start, stop) == (0, self.size), "a body of ranges is sent whole"
         for head, first, last in self._parts:

@@ -1,17 +1,15 @@
 """Look-ups answered from memory, as long as nothing was written.
 
 What a repository holds under a reference may change with any write. So entries are good for one epoch: a number
-that changes whenever somebody wrote. In a single process that is a counter beside the writer; with several
-processes on one SQLite file it is `PRAGMA data_version`. A value is read under an epoch and kept only if that epoch
-still holds, so an answer from here is never older than the last write that was acknowledged.
+that changes whenever somebody wrote. In a single process that is a counter beside the writer; with several it is what
+the database itself tells at once, where it can, and nothing is kept where it cannot. A value is read under an epoch and
+kept only if that epoch still holds, so an answer from here is never older than the last write that was acknowledged.
 """
 
 from __future__ import annotations
 
-import sqlite3
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
-from pathlib import Path
 from typing import Final
 
 #: What an entry takes beside its content: key, value, links. Roughly, in bytes.
@@ -74,30 +72,3 @@ class WriteCounter:
 
     def __call__(self) -> int:
         return self.value
-
-
-class DataVersion:
-    """The epoch of a SQLite file that several processes write.
-
-    [SQLite: PRAGMA data_version] changes when any other connection commits, this process's writer included. It
-    reads shared memory only: about two microseconds.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
-        self._failures = 0
-        # The first read opens the log; after it nothing here touches the disk.
-        self._connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
-
-    def __call__(self) -> int:
-        try:
-            row: tuple[int] = self._connection.execute("PRAGMA data_version").fetchone()
-        except sqlite3.Error:
-            # What cannot be known to be good is not used: no two looks are in one epoch.
-            self._failures += 1
-            return -self._failures
-        return row[0]
-
-    def close(self) -> None:
-        """Close the connection."""
-        self._connection.close()

@@ -17,7 +17,7 @@ import msgspec
 from msgspec import Meta, Struct, structs
 
 from registry.errors import ConfigurationError
-from registry.metadata.engine import sqlite_path
+from registry.metadata.engine import parse_url
 
 _Positive = Annotated[int, Meta(ge=1)]
 _Bytes = Annotated[int, Meta(ge=0)]
@@ -47,11 +47,31 @@ class FilesystemSettings(_Table, frozen=True):
     sync: bool = True
 
 
+class S3Settings(_Table, frozen=True):
+    """The driver for object stores that speak S3."""
+
+    bucket: str = ""
+    prefix: Annotated[str, Meta(pattern=r"^([A-Za-z0-9._-]+/)*$")] = ""
+    region: str = "us-east-1"
+    endpoint: str = ""
+    public_endpoint: str = ""
+    redirect: bool = False
+    addressing: Literal["auto", "path", "virtual"] = "auto"
+    access_key: str = ""
+    secret_key: str = ""
+    session_token: str = ""
+    ca_file: str = ""
+    part_bytes: Annotated[int, Meta(ge=5 << 20, le=1 << 30)] = 16 << 20
+    buffer_bytes: Annotated[int, Meta(ge=32 << 20)] = 128 << 20
+    timeout_seconds: Annotated[int, Meta(ge=1, le=120)] = 30
+
+
 class StorageSettings(_Table, frozen=True):
     """Where blobs lie."""
 
-    driver: Literal["filesystem"] = "filesystem"
+    driver: Literal["filesystem", "s3"] = "filesystem"
     filesystem: FilesystemSettings = FilesystemSettings()
+    s3: S3Settings = S3Settings()
 
 
 class DatabaseSettings(_Table, frozen=True):
@@ -59,6 +79,7 @@ class DatabaseSettings(_Table, frozen=True):
 
     url: str = "sqlite:///data/hythe.db"
     sync: bool = True
+    connections: Annotated[int, Meta(ge=1, le=256)] = 8
 
 
 class RegistrySettings(_Table, frozen=True):
@@ -202,7 +223,9 @@ def _explain(error: msgspec.ValidationError) -> str:
 
 def _check(settings: Settings) -> None:
     """Refuse what cannot work, and what would be open by accident."""
-    sqlite_path(settings.database.url)
+    parse_url(settings.database.url)
+    if settings.storage.driver == "s3":
+        _check_s3(settings.storage.s3)
     host, _ = parse_listen(settings.server.listen)
     if is_loopback(host):
         return
@@ -216,3 +239,22 @@ def _check(settings: Settings) -> None:
             f"server.listen: {host} can be reached from other machines without encryption: "
             "put a reverse proxy with TLS before it and set server.behind_proxy = true"
         )
+
+
+def _check_s3(settings: S3Settings) -> None:
+    if not settings.bucket:
+        raise ConfigurationError('storage.s3.bucket: storage.driver = "s3" needs the name of a bucket')
+    if bool(settings.access_key) != bool(settings.secret_key):
+        raise ConfigurationError(
+            "storage.s3.access_key, storage.s3.secret_key: one needs the other; without both, credentials are looked "
+            "for where AWS's own tools look"
+        )
+    if settings.session_token and not settings.access_key:
+        raise ConfigurationError("storage.s3.session_token: goes with access_key and secret_key")
+    for key in ("endpoint", "public_endpoint"):
+        if (url := getattr(settings, key)) and not re.fullmatch(r"https?://[^/]+/?", url):
+            raise ConfigurationError(f"storage.s3.{key}: expected http://HOST[:PORT] or https://…, got {url!r}")
+    if settings.public_endpoint and not settings.redirect:
+        raise ConfigurationError("storage.s3.public_endpoint: means nothing without storage.s3.redirect = true")
+    if settings.buffer_bytes < 2 * settings.part_bytes:
+        raise ConfigurationError("storage.s3.buffer_bytes: expected at least twice storage.s3.part_bytes")

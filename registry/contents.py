@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
-from registry.cache import ENTRY_SIZE, Cache, DataVersion, WriteCounter
+from registry.cache import ENTRY_SIZE, Cache, WriteCounter
 from registry.errors import BlobUnknown, ManifestUnknown
 from registry.metadata import blobs, manifests, tags
 from registry.metadata.blobs import StoredBlob
@@ -38,8 +38,9 @@ class Contents:
         """
         self._database = database
         self._writes = WriteCounter()
-        self._version = None if alone else DataVersion(database.path)
-        self.cache = Cache(cache_bytes, self._version or self._writes)
+        self._watch = None if alone else database.watch()
+        is_coherent = alone or self._watch is not None
+        self.cache = Cache(cache_bytes if is_coherent else 0, self._watch or self._writes)
 
     async def blob(self, name: RepositoryName, digest: Digest) -> StoredBlob:
         """Return a blob of a repository, or raise `BlobUnknown`."""
@@ -58,10 +59,17 @@ class Contents:
         return await self._added(name, digest, stored, self._database.write(blobs.add, name, digest, stored))
 
     async def finish_upload(
-        self, session_id: str, writer: str, name: RepositoryName, digest: Digest, stored: StoredBlob
+        self,
+        session_id: str,
+        writer: str,
+        name: RepositoryName,
+        digest: Digest,
+        stored: StoredBlob,
+        *,
+        is_tidy: bool,
     ) -> bool:
         """End an upload and add its blob, likewise; raises `BlobUploadUnknown`."""
-        finishing = self._database.write(blobs.finish_upload, session_id, writer, name, digest, stored)
+        finishing = self._database.write(blobs.finish_upload, session_id, writer, name, digest, stored, is_tidy=is_tidy)
         return await self._added(name, digest, stored, finishing)
 
     async def manifest(self, name: RepositoryName, reference: Reference) -> StoredManifest:
@@ -100,8 +108,8 @@ class Contents:
 
     def close(self) -> None:
         """Let go of the watch on the database."""
-        if self._version:
-            self._version.close()
+        if self._watch:
+            self._watch.close()
 
     async def _added(
         self, name: RepositoryName, digest: Digest, stored: StoredBlob, adding: Coroutine[Any, Any, bool]

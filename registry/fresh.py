@@ -119,16 +119,16 @@ class FreshSessions:
         """End a session that was taken."""
         del self._sessions[session.id]
 
-    def cancel(self, session_id: str, repository: RepositoryName) -> str | None:
-        """End a session, and return the key under which a step that failed may have left bytes.
+    def cancel(self, session_id: str, repository: RepositoryName) -> bool:
+        """End a session, of which a step that failed may have left bytes.
 
-        None where it is not here; raises as `keep` does.
+        False where it is not here; raises as `keep` does.
         """
         session = self.take(session_id, repository)
         if session is None:
-            return None
+            return False
         self.forget(session)
-        return session.start.key
+        return True
 
     async def settle(self, session_id: str) -> None:
         """Make a session, if it is here, one like any other.

@@ -12,7 +12,40 @@ from typing import Final
 from registry.errors import ConfigurationError
 
 #: What the lock file says while a server runs; it stays there only if the server died.
+_NETWORK_FILESYSTEMS: Final = frozenset(
+    ["nfs", "nfs4", "cifs", "smb3", "smbfs", "ceph", "glusterfs", "fuse.glusterfs", "fuse.sshfs", "afs", "ncpfs"]
+)
 _RUNNING: Final = b"running\n"
+
+
+def check_local(database: Path) -> None:
+    """Refuse a SQLite file that other hosts may have open too: its log lies in this host's memory.
+
+    Raises:
+        ConfigurationError: it lies on a network filesystem. [SQLite: Write-Ahead Logging, 1]
+    """
+    kind = _filesystem(database.resolve().parent)
+    if kind in _NETWORK_FILESYSTEMS:
+        raise ConfigurationError(
+            f"database.url: {database} is on a network filesystem ({kind}), where SQLite is not safe: put it on "
+            "a local disk, or use PostgreSQL, which any number of hosts may share"
+        )
+
+
+def _filesystem(directory: Path) -> str:
+    """Return the kind of filesystem that a directory, perhaps still to be made, is on."""
+    best, kind = -1, ""
+    try:
+        lines = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return ""
+    for line in lines:
+        mounted, _, described = line.partition(" - ")
+        # [proc_pid_mountinfo(5)] blanks in a path are written in octal.
+        point = mounted.split(" ")[4].replace("\\040", " ")
+        if directory.is_relative_to(point) and len(point) >= best:
+            best, kind = len(point), described.split(" ")[0]
+    return kind
 
 
 @contextlib.contextmanager

@@ -19,21 +19,26 @@ import structlog
 from aiohttp import web
 
 from registry.affinity import Affinity
-from registry.app import ANSWERS, OBSERVER, Process, build
+from registry.app import ANSWERS, OBSERVER, Process, build, open_facts, open_store
 from registry.config import Settings
 from registry.errors import ConfigurationError, MetadataError
 from registry.listeners import BACKLOG, address_of, bind
-from registry.lock import exclusive
+from registry.lock import check_local, exclusive
 from registry.logs import configure
-from registry.metadata import sessions
-from registry.metadata.engine import Database, sqlite_path
+from registry.metadata import identity, sessions
+from registry.metadata.engine import is_shared
 from registry.metadata.schema import upgrade
+from registry.metadata.sqlite import sqlite_path
 from registry.wire import accept
 from registry.workers import STOPPING, supervise
+from storage.base import Store
+from storage.errors import OutOfSpace, StorageError
 from storage.threads import run_anywhere
 
 #: Objects made since the last look for garbage, before the next one; Python's own limit is 700.
 _GARBAGE: Final = 20_000
+#: Seconds after which no request can be about a file any more that has no row.
+_LONG: Final = 86400.0
 #: For answers on their way out, when the time to drain is over.
 _LAST_SECONDS: Final = 1.0
 
@@ -51,21 +56,23 @@ def serve(settings: Settings, announce: Callable[[str], None]) -> int:
         ConfigurationError: the data is in use, the address is not to be had, the database is not ours.
     """
     configure(settings.log)
-    _check_directory(Path(settings.storage.filesystem.root))
+    if settings.storage.driver == "filesystem":
+        _check_directory(Path(settings.storage.filesystem.root))
     with exclusive(_lock_files(settings)) as died:
         # Before any worker publishes a file: what is older belongs to the last run.
-        recover = time.time() if died else None
+        recover = _begin_of_doubt(settings, died=died)
         copy = upgrade(settings.database.url)
         if copy:
             log.info("database upgraded", copy=copy)
-        asyncio.run(_release_sessions(settings))
+        asyncio.run(_take_over(settings))
         sockets = bind(settings)
 
         def ready() -> None:
             announce(address_of(sockets[0][0], settings))
 
         if settings.server.workers == 1:
-            process = Process(recover=recover, affinity=_affinity(settings))
+            is_alone = not is_shared(settings.database.url)
+            process = Process(alone=is_alone, recover=recover, affinity=_affinity(settings))
             return _run(_serve(settings, sockets[0], process, ready))
         with tempfile.TemporaryDirectory(prefix="hythe-") as shared:
 
@@ -90,20 +97,54 @@ def _check_directory(root: Path) -> None:
 
 
 def _lock_files(settings: Settings) -> list[Path]:
-    root = Path(settings.storage.filesystem.root)
+    """Return what only one server may hold: all of it where the facts are a file, nothing where they are shared."""
     database = sqlite_path(settings.database.url)
-    return list(dict.fromkeys([root.resolve() / "hythe.lock", database.resolve().parent / "hythe.lock"]))
+    if database is None:
+        return []
+    check_local(database)
+    directories = [database.resolve().parent]
+    if settings.storage.driver == "filesystem":
+        directories.append(Path(settings.storage.filesystem.root).resolve())
+    return [directory / "hythe.lock" for directory in dict.fromkeys(directories)]
 
 
-async def _release_sessions(settings: Settings) -> None:
-    database = Database(settings.database.url, sync=settings.database.sync)
+def _begin_of_doubt(settings: Settings, *, died: bool) -> float | None:
+    """Return the time before which stored files without a row are leftovers, None where there can be none."""
+    if not is_shared(settings.database.url):
+        return time.time() if died else None
+    # Nobody knows whether another server died, so files are looked through at every start, and only what no request
+    # can be about any more is taken. An object store need not be: `registry.metadata.leftovers`.
+    return time.time() - _LONG if settings.storage.driver == "filesystem" else None
+
+
+async def _take_over(settings: Settings) -> None:
+    """Make sure that the store is this registry's, and end the claims of a run that is over."""
+    database = open_facts(settings, Affinity(enabled=False))
+    store = open_store(settings, Affinity(enabled=False))
     try:
-        await database.note(sessions.release_all)
+        await _check_owner(store, await database.read(identity.find))
+        if not is_shared(settings.database.url):
+            await database.note(sessions.release_all)
+    except StorageError as error:
+        raise ConfigurationError(f"storage.{settings.storage.driver}: {error}") from None
     except MetadataError as error:
-        # They end by themselves after a while.
+        # On a full disk pulls are worth more: claims end by themselves after a while.
         log.warning("claims of the last run are not released", error=str(error))
     finally:
+        await store.close()
         await database.close()
+
+
+async def _check_owner(store: Store, name: str) -> None:
+    try:
+        owner = await store.owner(name)
+    except OutOfSpace:
+        return
+    if owner != name:
+        raise ConfigurationError(
+            f"storage: these blobs belong to another registry ({owner}), whose database this is not ({name}): "
+            "two registries cannot share a store, and servers that share one need the same PostgreSQL database"
+        )
 
 
 def _affinity(settings: Settings, index: int = 0) -> Affinity:

@@ -73,11 +73,10 @@ class Sessions:
 
     async def cancel(self, name: RepositoryName, session_id: str) -> None:
         """End a session and delete its bytes, or raise `BlobUploadUnknown`."""
-        key = self._fresh.cancel(session_id, name)
-        if key is None:
+        if not self._fresh.cancel(session_id, name):
             await self._fresh.settle(session_id)
-            key = await self._database.note(sessions.remove, session_id, name)
-        await self._store.delete(key)
+            await self._database.note(sessions.remove, session_id, name)
+        await self._store.forget(session_id)
 
     @asynccontextmanager
     async def claimed(
@@ -96,17 +95,16 @@ class Sessions:
             yield claim
         except DigestMismatch:
             # What arrived is not what was announced: no request can mend that.
-            await claim.upload.abort()
+            await claim.upload.abandon()
             await self._end(claim.session)
             raise
         except UploadLost as error:
-            await claim.upload.suspend()
+            await claim.upload.abandon()
             await self._end(claim.session)
-            await self._drop(claim.session.checkpoint.key)
             raise BlobUploadUnknown(f"this upload cannot go on: {error}") from None
         except BlobUploadUnknown:
-            await claim.upload.suspend()
-            await self._drop(claim.session.checkpoint.key)
+            # Whoever ended it, or took it over, sees to its bytes.
+            await claim.upload.abandon()
             raise
         except BaseException:
             await self.let_go(claim)
@@ -119,21 +117,26 @@ class Sessions:
 
     async def let_go(self, claim: Claim) -> None:
         """Record how far an upload came, and let others go on with it."""
-        # The file first: whoever claims the row next must not find it locked.
-        checkpoint = claim.upload.checkpoint()
-        await claim.upload.suspend()
-        await self._database.note(sessions.advance, claim.session.id, claim.writer, checkpoint, release=True)
+        try:
+            # The bytes first: whoever claims the row next must find all of them, and nobody who holds them.
+            await claim.upload.suspend()
+        finally:
+            checkpoint = claim.upload.checkpoint()
+            await self._database.note(sessions.advance, claim.session.id, claim.writer, checkpoint, release=True)
 
     async def publish(self, claim: Claim, digest: Digest) -> None:
         """End a session as the blob that it must be; raises `DigestMismatch`."""
         await claim.upload.verify(digest)
         session_id, writer, name = claim.session.id, claim.writer, claim.session.repository
         if claim.is_stored and await self._database.write(blobs.finish_with_existing, session_id, writer, name, digest):
-            await claim.upload.abort()
+            await claim.upload.abandon()
+            await self._store.forget(session_id)
             return
+        is_tidy = claim.upload.is_tidy
         key = await claim.upload.commit(digest)
         stored = StoredBlob(key, claim.upload.offset)
-        await self._add(key, self._contents.finish_upload(session_id, writer, name, digest, stored))
+        finishing = self._contents.finish_upload(session_id, writer, name, digest, stored, is_tidy=is_tidy)
+        await self._add(key, finishing)
 
     async def publish_fresh(self, name: RepositoryName, session_id: str, last: bytes, digest: Digest) -> bool:
         """Append `last` to a fresh session and end it as a blob; False where it is not fresh any more.
@@ -151,7 +154,8 @@ class Sessions:
             await self._add(key, self._contents.add_blob(name, digest, StoredBlob(key, upload.offset)))
         except DigestMismatch:
             try:
-                await upload.abort()
+                await upload.abandon()
+                await self._store.forget(session_id)
             finally:
                 self._fresh.forget(session)
             raise
@@ -172,8 +176,10 @@ class Sessions:
         return Claim(session, writer, self._store.resume(session.checkpoint), is_stored)
 
     async def _end(self, session: Session) -> None:
+        """End a session whose bytes are of no use, unless it is over: then they may have become a blob."""
         with suppress(BlobUploadUnknown):
             await self._database.note(sessions.remove, session.id, session.repository)
+            await self._store.forget(session.id)
 
     async def _add(self, key: str, adding: Awaitable[bool]) -> None:
         """Wait for the row of published bytes; if it is not to be, they are dropped."""
@@ -186,6 +192,5 @@ class Sessions:
 
     async def _drop(self, key: str) -> None:
         """Delete bytes that nobody needs, unless a row came to name them all the same."""
-        known = await self._database.read(blobs.known_keys, [key])
-        if key not in known | await self._database.read(sessions.known_keys, [key]):
+        if key not in await self._database.read(blobs.known_keys, [key]):
             await self._store.delete(key)

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import Iterator
 from typing import Final
 
 import structlog
 
 from registry.errors import MetadataError
-from registry.metadata import blobs, sessions
+from registry.metadata import blobs, leftovers, sessions
 from registry.metadata.engine import Database
+from registry.metadata.leftovers import Leftover
 from storage.base import Store, StoredObject
 from storage.errors import StorageError
 
@@ -53,10 +55,18 @@ class Sweeper:
         """Drop idle uploads once; return how many."""
         dropped = 0
         while not self._stopping.is_set() and (
-            keys := await self._database.write(sessions.sweep, self._idle * 1_000_000)
+            ids := await self._database.write(sessions.sweep, self._idle * 1_000_000)
         ):
-            dropped += await self._delete(keys)
+            dropped += len(await self._forget([Leftover(upload, None) for upload in ids]))
         return dropped
+
+    async def tidy(self) -> None:
+        """Let the store forget what uploads left that ended a while ago, once more or for the first time."""
+        while not self._stopping.is_set() and (found := await self._database.read(leftovers.due)):
+            gone = await self._forget(found)
+            await self._database.write(leftovers.forget, gone)
+            if len(gone) < len(found):
+                return
 
     async def clear(self, before: float) -> int:
         """Delete stored objects without a row that were there `before` (seconds since the epoch)."""
@@ -73,20 +83,24 @@ class Sweeper:
         return cleared + await self._clear(chunk)
 
     async def _clear(self, chunk: list[StoredObject]) -> int:
-        keys = [found.key for found in chunk]
-        known = await self._database.read(blobs.known_keys, keys)
-        known |= await self._database.read(sessions.known_keys, keys)
-        return await self._delete([key for key in keys if key not in known])
-
-    async def _delete(self, keys: list[str]) -> int:
-        deleted = 0
-        for key in keys:
-            try:
+        open_ones = await self._database.read(sessions.known, [found.upload for found in chunk])
+        known = await self._database.read(blobs.known_keys, [found.key for found in chunk])
+        unknown = [found.key for found in chunk if found.key not in known and found.upload not in open_ones]
+        cleared = 0
+        for key in unknown:
+            with _logged(key):
                 await self._store.delete(key)
-                deleted += 1
-            except StorageError as error:
-                log.error("leftover cannot be deleted", key=key, error=str(error))
-        return deleted
+                cleared += 1
+        return cleared
+
+    async def _forget(self, those: list[Leftover]) -> list[str]:
+        """Let the store forget what these uploads left, and return those of which nothing is there any more."""
+        gone = []
+        for upload, kept in those:
+            with _logged(upload):
+                await self._store.forget(upload, kept)
+                gone.append(upload)
+        return gone
 
     async def _recover(self, before: float) -> None:
         try:
@@ -100,7 +114,17 @@ class Sweeper:
             try:
                 if dropped := await self.sweep():
                     log.info("idle uploads dropped", uploads=dropped)
+                await self.tidy()
             except (StorageError, MetadataError, OSError) as error:
                 log.error("sweep failed", error=str(error))
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._stopping.wait(), self._pause)
+
+
+@contextlib.contextmanager
+def _logged(name: str) -> Iterator[None]:
+    """Let one thing that cannot be deleted not keep the others."""
+    try:
+        yield
+    except StorageError as error:
+        log.error("leftover cannot be deleted", name=name, error=str(error))

@@ -1,18 +1,19 @@
 """The contract of a store, and the life of a blob in it.
 
     begin ──► resume ──► write … write ──► verify ──► commit ──► open … open ──► delete
-                ▲          │                (synced, under its final key; the caller makes it visible by a row)
-                └─────── suspend  (goes on in another request, another process, after a crash)
+                ▲          │                (durable, under its final key; the caller makes it visible by a row)
+                └─────── suspend  (goes on in another request, another process, on another host, after a crash)
                            │
-                           └──► abort
+                           └──► abandon ──► forget
 
 A store keeps bytes under keys. It knows no repositories and no rows, and nothing in it is visible until the
 caller has recorded the key that `commit` returned. Every upload has a key of its own, chosen when it begins, and
 no key is ever used twice: so two uploads of the same layer cannot harm each other, and deleting the bytes of one
 can never hit another. Bytes before row when writing, row before bytes when deleting.
 
-An upload belongs to one writer at a time, from its first step to `suspend`, `commit` or `abort`. Callers hold a claim
-of their own; this is the fence behind it.
+An upload belongs to one writer at a time, from its first step to `suspend`, `commit` or `abandon`. Callers hold a
+claim of their own; what a driver has is a fence behind it. A writer that was thought to be dead, and is not, can spoil
+nothing that another has published.
 """
 
 from __future__ import annotations
@@ -43,9 +44,17 @@ class Checkpoint:
 
 @dataclass(frozen=True, slots=True)
 class StoredObject:
-    """Something that lies in the store. `modified` is in seconds since the epoch."""
+    """Something that lies in the store.
+
+    Attributes:
+        key: where.
+        upload: the name of the upload that brought it.
+        size: in bytes.
+        modified: in seconds since the epoch.
+    """
 
     key: str
+    upload: str
     size: int
     modified: float
 
@@ -62,6 +71,10 @@ class Upload(Protocol):
     def offset(self) -> int:
         """Bytes received so far."""
 
+    @property
+    def is_tidy(self) -> bool:
+        """Whether the store will hold nothing of this upload after `commit` but what that returns."""
+
     async def write(self, pieces: Sequence[bytes | memoryview], *, last: bool = False) -> None:
         """Append and hash `pieces`: all of them, or none is counted.
 
@@ -69,10 +82,11 @@ class Upload(Protocol):
 
         Raises:
             OutOfSpace: no room; the upload stands where it stood and can go on.
+            StoreUnavailable: the store does not answer; likewise.
         """
 
     def checkpoint(self) -> Checkpoint:
-        """Return where the upload stands."""
+        """Return from where another writer could go on now; after `suspend`, where the upload stands."""
 
     async def verify(self, digest: Digest) -> None:
         """Raise `DigestMismatch` unless these are the bytes of `digest`, in whichever algorithm."""
@@ -82,14 +96,20 @@ class Upload(Protocol):
 
         Raises:
             DigestMismatch: these are not the bytes of `digest`.
-            OutOfSpace: nothing was published; `suspend` or `abort` the upload.
+            OutOfSpace, StoreUnavailable: nothing was published; `suspend` or `abandon` the upload.
         """
 
     async def suspend(self) -> None:
-        """Let go of the upload; its bytes stay for `resume`. Does nothing after `commit` or `abort`."""
+        """Let go of the upload; its bytes stay for `resume`. Does nothing after `commit` or `abandon`.
 
-    async def abort(self) -> None:
-        """Drop the upload and its bytes."""
+        If it fails, `checkpoint` tells how much stays.
+        """
+
+    async def abandon(self) -> None:
+        """Let go of the upload without a thought for what came since its checkpoint. Never fails.
+
+        For a writer that has lost it to another, and for uploads that are over; `forget` deletes their bytes.
+        """
 
 
 class Content(Protocol):
@@ -98,6 +118,9 @@ class Content(Protocol):
     @property
     def path(self) -> str | None:
         """The local file that holds them, where there is one: it can be sent without passing through us."""
+
+    async def address(self) -> str | None:
+        """Return a URL under which anybody may fetch them for a while, where clients are to be sent there."""
 
     def read(self, start: int, stop: int) -> AsyncIterator[bytes]:
         """Yield the bytes from `start` up to but not including `stop`, in large pieces.
@@ -120,13 +143,19 @@ class Store(Protocol):
         """Return the content under `key`. Looks only when it is read."""
 
     async def delete(self, key: str) -> None:
-        """Delete what lies under `key`, an upload or a blob; nothing there is fine."""
+        """Delete what lies under `key`; nothing there is fine."""
+
+    async def forget(self, name: str, kept: str | None = None) -> None:
+        """Delete all that the upload called `name` left, but for what lies under the key `kept`."""
 
     def objects(self) -> AsyncIterator[StoredObject]:
-        """Yield all that lies in the store, uploads too, in no order. For recovery, not for requests."""
+        """Yield all that lies in the store, of uploads too, in no order. For recovery, not for requests."""
 
     async def probe(self) -> None:
         """Prove that bytes can be written, and raise what stands against it."""
+
+    async def owner(self, name: str) -> str:
+        """Return the name of the registry whose store this is: `name`, if it was nobody's before."""
 
     async def close(self) -> None:
         """Let go of threads and descriptors."""

@@ -8,6 +8,7 @@ StorageError
 ├── UploadBusy         somebody else is writing to this upload
 ├── UploadLost         the bytes of this upload are gone
 ├── ContentMissing     no bytes under this key
+├── StoreUnavailable   the store does not answer, or not now
 └── OutOfSpace         the disk, or the quota, is full
 """
 
@@ -45,6 +46,10 @@ class UploadLost(StorageError):
 
 class ContentMissing(StorageError):
     """No bytes under this key."""
+
+
+class StoreUnavailable(StorageError):
+    """The store does not answer, or not now."""
 
 
 class OutOfSpace(StorageError):

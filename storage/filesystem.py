@@ -3,6 +3,8 @@
     ROOT/uploads/<name>                            bytes on their way in
     ROOT/blobs/<algorithm>/<2 hex>/<hex>.<name>    a blob: its digest for people and for recovery, its
                                                    upload's name so that no key is ever used twice
+    ROOT/registry                                  whose store this is
+    ROOT/blobs/<2 hex>/<name>.<token>              a blob that came from an object store, under its key there
 
 Publishing a file is: data synced, renamed, directory synced. Hashing and writing a large piece is one job in one
 thread; there is nothing to gain from a hop for each.
@@ -14,6 +16,7 @@ import contextlib
 import fcntl
 import os
 import re
+import stat
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Final
@@ -33,7 +36,7 @@ _SMALL_SIZE: Final = 64 << 10
 #: How far the data may run ahead of the disk before the kernel is asked to start writing it.
 _WRITEBACK_SIZE: Final = 16 << 20
 
-_KEY: Final = re.compile(r"uploads/[\w-]+|blobs/\w+/[0-9a-f]{2}/[0-9a-f]+\.[\w-]+")
+_KEY: Final = re.compile(r"uploads/[\w-]+|blobs/(\w+/)?[0-9a-f]{2}/[\w-]+\.[\w-]+")
 
 
 class FilesystemStore:
@@ -71,6 +74,10 @@ class FilesystemStore:
         with disk_errors(), contextlib.suppress(FileNotFoundError):
             await aiofiles.os.unlink(self._path(key))
 
+    async def forget(self, name: str, kept: str | None = None) -> None:  # noqa: ARG002
+        # A published file has another name, and what was published in vain is found after a crash.
+        await self.delete(f"uploads/{name}")
+
     async def objects(self) -> AsyncIterator[StoredObject]:
         for directory in await self._threads.run(self._list_directories):
             for found in await self._threads.run(self._list_files, directory):
@@ -79,6 +86,10 @@ class FilesystemStore:
     async def probe(self) -> None:
         with disk_errors():
             await self._threads.run(self._write_probe)
+
+    async def owner(self, name: str) -> str:
+        with disk_errors():
+            return await self._threads.run(self._owner, name)
 
     async def close(self) -> None:
         await self._small.close()
@@ -91,7 +102,8 @@ class FilesystemStore:
         return f"{self.root}/{key}"
 
     def _list_directories(self) -> list[Path]:
-        return [self.root / "uploads", *sorted((self.root / "blobs").glob("*/*"))]
+        blobs = self.root / "blobs"
+        return [self.root / "uploads", *(each for each in sorted(blobs.glob("**")) if each != blobs)]
 
     def _list_files(self, directory: Path) -> list[StoredObject]:
         found = []
@@ -103,8 +115,8 @@ class FilesystemStore:
                     # The later of the two: a rename moves ctime only, and it is renamed files we must not take.
                     modified = max(status.st_mtime, status.st_ctime)
                     key = str(Path(entry.path).relative_to(self.root))
-                    if _KEY.fullmatch(key):
-                        found.append(StoredObject(key, status.st_size, modified))
+                    if _KEY.fullmatch(key) and stat.S_ISREG(status.st_mode):
+                        found.append(StoredObject(key, _upload_of(key), status.st_size, modified))
         return found
 
     def _write_probe(self) -> None:
@@ -114,6 +126,12 @@ class FilesystemStore:
             (self.root / "blobs").stat()
         finally:
             path.unlink(missing_ok=True)
+
+    def _owner(self, name: str) -> str:
+        path = self.root / "registry"
+        with contextlib.suppress(FileExistsError), path.open("x", encoding="ascii") as file:
+            file.write(f"{name}\n")
+        return path.read_text(encoding="ascii").strip() or name
 
     def _publish(self, source: str, key: str) -> None:
         """Give synced data its name, and sync the name before anyone hears of it."""
@@ -178,18 +196,22 @@ class _FileUpload:
             threads = self._store._small if is_small else self._store._threads
             return await threads.run(self._commit, digest, last)
 
+    @property
+    def is_tidy(self) -> bool:
+        return True
+
     async def suspend(self) -> None:
         if self._descriptor >= 0:
             await self._store._threads.run(self._close)
 
-    async def abort(self) -> None:
-        await self._store._threads.run(self._drop)
+    async def abandon(self) -> None:
+        await self.suspend()
 
-    def _open(self, *, may_create: bool = True) -> None:
+    def _open(self) -> None:
         """Open and lock the file, and bring it to where the upload stands."""
         if self._descriptor >= 0:
             return
-        if not (may_create and self._offset == 0 and self._create()):
+        if not (self._offset == 0 and self._create()):
             self._open_present()
 
     def _create(self) -> bool:
@@ -309,15 +331,9 @@ class _FileUpload:
         try:
             os.fdatasync(self._descriptor)
         except OSError:
-            self._drop()
-            raise
-
-    def _drop(self) -> None:
-        # Only what is locked is ours to delete; where nothing is, nothing is to be done.
-        with contextlib.suppress(UploadLost):
-            self._open(may_create=False)
             Path(self._path).unlink(missing_ok=True)
-        self._close()
+            self._close()
+            raise
 
     def _close(self) -> None:
         descriptor, self._descriptor = self._descriptor, -1
@@ -328,6 +344,9 @@ class _FileUpload:
 class _FileContent:
     def __init__(self, path: str) -> None:
         self.path: str = path
+
+    async def address(self) -> None:
+        """There is none: we send files ourselves."""
 
     async def read(self, start: int, stop: int) -> AsyncIterator[bytes]:
         try:
@@ -341,6 +360,13 @@ class _FileContent:
                     yield piece
         except FileNotFoundError:
             raise ContentMissing(f"no file {self.path}") from None
+
+
+def _upload_of(key: str) -> str:
+    """Return the name of the upload that brought what lies under `key`."""
+    name = key.rpartition("/")[2]
+    # Of a blob by digest it comes last, of one from an object store first.
+    return name if key.startswith("uploads/") else name.split(".")[key.count("/") - 2]
 
 
 def _restore(checkpoint: Checkpoint) -> Hasher | None:

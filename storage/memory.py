@@ -19,6 +19,7 @@ class MemoryStore:
         self._bytes: dict[str, bytes] = {}
         self._modified: dict[str, float] = {}
         self._held: set[str] = set()
+        self._owner = ""
 
     def begin(self, name: str, algorithm: str) -> Checkpoint:
         return Checkpoint(f"uploads/{name}", algorithm)
@@ -32,13 +33,21 @@ class MemoryStore:
     async def delete(self, key: str) -> None:
         self._bytes.pop(key, None)
 
+    async def forget(self, name: str, kept: str | None = None) -> None:
+        for key in [key for key in self._bytes if _upload_of(key) == name and key != kept]:
+            del self._bytes[key]
+
     async def objects(self) -> AsyncIterator[StoredObject]:
         for key, content in list(self._bytes.items()):
-            yield StoredObject(key, len(content), self._modified[key])
+            yield StoredObject(key, _upload_of(key), len(content), self._modified[key])
 
     async def probe(self) -> None:
         if sum(map(len, self._bytes.values())) >= self.capacity:
             raise OutOfSpace("no space left for blobs")
+
+    async def owner(self, name: str) -> str:
+        self._owner = self._owner or name
+        return self._owner
 
     async def close(self) -> None:
         self._bytes.clear()
@@ -61,6 +70,10 @@ class _MemoryUpload:
     def offset(self) -> int:
         return len(self._content) if self._is_open else self._start.offset
 
+    @property
+    def is_tidy(self) -> bool:
+        return True
+
     async def write(self, pieces: Sequence[bytes | memoryview], *, last: bool = False) -> None:
         self._open()
         self._store._put(self._start.key, self._content + b"".join(pieces))
@@ -79,8 +92,8 @@ class _MemoryUpload:
     async def commit(self, digest: Digest, last: Sequence[bytes | memoryview] = ()) -> str:
         await self.write(last)
         await self.verify(digest)
-        content = self._content
-        await self.abort()
+        content = self._store._bytes.pop(self._start.key)
+        await self.abandon()
         key = f"blobs/{digest.algorithm}/{digest.hex[:2]}/{digest.hex}.{self._start.key.removeprefix('uploads/')}"
         self._store._put(key, content)
         return key
@@ -91,13 +104,8 @@ class _MemoryUpload:
             self._is_open = False
             self._store._held.discard(self._start.key)
 
-    async def abort(self) -> None:
-        if self._start.key not in self._store._bytes:
-            return
-        if not self._is_open and self._start.key in self._store._held:
-            raise UploadBusy("another request is writing to this upload")
+    async def abandon(self) -> None:
         await self.suspend()
-        self._store._bytes.pop(self._start.key, None)
 
     @property
     def _content(self) -> bytes:
@@ -123,8 +131,15 @@ class _MemoryContent:
         self._stored = stored
         self._key = key
 
+    async def address(self) -> None:
+        """There is none."""
+
     async def read(self, start: int, stop: int) -> AsyncIterator[bytes]:
         content = self._stored.get(self._key)
         if content is None or len(content) < stop:
             raise ContentMissing(f"nothing of {stop} bytes under {self._key}")
         yield content[start:stop]
+
+
+def _upload_of(key: str) -> str:
+    return key.removeprefix("uploads/").rpartition(".")[2]

@@ -16,7 +16,7 @@ from aiohttp.web_runner import AppRunner, BaseRunner
 
 from registry.app import ANSWERS, Process, build
 from registry.config import Settings, load
-from registry.metadata.engine import Database
+from registry.metadata.engine import Database, open_database
 from registry.metadata.schema import upgrade
 from registry.wire import accept
 from storage.base import Store
@@ -127,7 +127,7 @@ async def database(tmp_path: Path) -> AsyncIterator[Database]:
     """An empty database, without a registry around it."""
     url = f"sqlite:///{tmp_path / 'hythe.db'}"
     upgrade(url)
-    made = Database(url)
+    made = open_database(url)
     yield made
     await made.close()
 

@@ -9,6 +9,11 @@ down_revision = None
 _ID = sa.BigInteger().with_variant(sa.Integer(), "sqlite")
 
 
+def _name(length: int) -> sa.types.TypeEngine[str]:
+    """Return a text that is sorted byte by byte, as SQLite sorts all."""
+    return sa.String(length).with_variant(sa.String(length, collation="C"), "postgresql")
+
+
 def upgrade() -> None:
     """Make the first tables."""
     op.create_table(
@@ -26,7 +31,7 @@ def upgrade() -> None:
     op.create_table(
         "manifest",
         sa.Column("id", _ID, nullable=False),
-        sa.Column("digest", sa.String(length=136), nullable=False),
+        sa.Column("digest", _name(136), nullable=False),
         sa.Column("size", sa.BigInteger(), nullable=False),
         sa.Column("content", sa.LargeBinary(), nullable=False),
         sa.Column("subject", sa.String(length=136), nullable=True),
@@ -43,7 +48,7 @@ def upgrade() -> None:
         "repository",
         sa.Column("id", _ID, nullable=False),
         sa.Column("parent_id", _ID, nullable=True),
-        sa.Column("name", sa.String(length=255), nullable=False),
+        sa.Column("name", _name(255), nullable=False),
         sa.Column("has_content", sa.Boolean(), nullable=False),
         sa.Column("created_at", sa.BigInteger(), nullable=False),
         sa.ForeignKeyConstraint(
@@ -128,7 +133,7 @@ def upgrade() -> None:
         "tag_event",
         sa.Column("id", _ID, nullable=False),
         sa.Column("repository_id", _ID, nullable=False),
-        sa.Column("name", sa.String(length=128), nullable=False),
+        sa.Column("name", _name(128), nullable=False),
         sa.Column("digest", sa.String(length=136), nullable=True),
         sa.Column("at", sa.BigInteger(), nullable=False),
         sa.Column("by", sa.Text(), nullable=False),
@@ -142,7 +147,7 @@ def upgrade() -> None:
     op.create_table(
         "tag",
         sa.Column("repository_id", _ID, nullable=False),
-        sa.Column("name", sa.String(length=128), nullable=False),
+        sa.Column("name", _name(128), nullable=False),
         sa.Column("manifest_id", _ID, nullable=False),
         sa.Column("updated_at", sa.BigInteger(), nullable=False),
         sa.Column("updated_by", sa.Text(), nullable=False),

@@ -8,7 +8,7 @@ from typing import Final, NamedTuple
 from sqlalchemy import Connection, and_, bindparam, delete, insert, select, update
 
 from registry.errors import BlobUnknown, BlobUploadUnknown
-from registry.metadata import repositories
+from registry.metadata import leftovers, repositories
 from registry.metadata.prepared import Prepared
 from registry.metadata.tables import blob, manifest_reference, now, repository, repository_blob, upload_session
 from storage.digest import Digest
@@ -28,7 +28,6 @@ class _Known(NamedTuple):
 
     blob_id: int | None
     repository_id: int | None
-    is_awaited: int
 
 
 _find: Final = Prepared(
@@ -63,18 +62,12 @@ _link: Final = Prepared(
 )
 _waiting: Final = and_(manifest_reference.c.digest == bindparam("digest"), manifest_reference.c.blob_id.is_(None))
 #: All that is to be known before a blob is added, in one statement.
-_known: Final = Prepared(
-    select(
-        _with_digest.scalar_subquery(),
-        repositories.ID.scalar_subquery(),
-        select(manifest_reference.c.position).where(_waiting).exists(),
-    )
-)
+_known: Final = Prepared(select(_with_digest.scalar_subquery(), repositories.ID.scalar_subquery()))
 _fill_references: Final = Prepared(update(manifest_reference).where(_waiting).values(blob_id=bindparam("found")))
 _delete_session: Final = Prepared(
-    delete(upload_session).where(
-        upload_session.c.id == bindparam("session_id"), upload_session.c.writer == bindparam("by")
-    )
+    delete(upload_session)
+    .where(upload_session.c.id == bindparam("session_id"), upload_session.c.writer == bindparam("by"))
+    .returning(upload_session.c.is_torn)
 )
 
 
@@ -117,10 +110,15 @@ def _link_existing(connection: Connection, name: RepositoryName, digest: Digest)
 def finish_with_existing(
     connection: Connection, session_id: str, writer: str, name: RepositoryName, digest: Digest
 ) -> bool:
-    """End an upload whose bytes are in the store already; False where they are not, and nothing changed."""
+    """End an upload whose bytes are in the store already; False where they are not, and nothing changed.
+
+    Raises:
+        BlobUploadUnknown: the session was cancelled meanwhile.
+    """
     if not _link_existing(connection, name, digest):
         return False
     _end_session(connection, session_id, writer)
+    leftovers.add(connection, [session_id])
     return True
 
 
@@ -131,14 +129,21 @@ def finish_upload(
     name: RepositoryName,
     digest: Digest,
     stored: StoredBlob,
+    *,
+    is_tidy: bool = True,
 ) -> bool:
     """End an upload whose bytes now lie under `stored.key`, and `add` them.
+
+    `is_tidy` says that the store holds nothing else of this upload.
 
     Raises:
         BlobUploadUnknown: the session was cancelled meanwhile; ours is to be deleted.
     """
-    _end_session(connection, session_id, writer)
-    return add(connection, name, digest, stored)
+    is_torn = _end_session(connection, session_id, writer)
+    is_ours = add(connection, name, digest, stored)
+    if is_torn or not is_tidy or not is_ours:
+        leftovers.add(connection, [session_id], stored.key if is_ours else None)
+    return is_ours
 
 
 def add(connection: Connection, name: RepositoryName, digest: Digest, stored: StoredBlob) -> bool:
@@ -154,15 +159,17 @@ def add(connection: Connection, name: RepositoryName, digest: Digest, stored: St
     blob_id = _insert.scalar(connection, digest=str(digest), size=stored.size, key=stored.key, at=at)
     repository_id = known.repository_id or repositories.ensure(connection, name)
     _link.change(connection, repository_id=repository_id, blob_id=blob_id, at=at)
-    if known.is_awaited:
-        # Sparse manifests waited for these bytes; from now on they keep them.
-        _fill_references.change(connection, digest=str(digest), found=blob_id)
+    # Sparse manifests may have waited for these bytes; from now on they keep them.
+    _fill_references.change(connection, digest=str(digest), found=blob_id)
     return True
 
 
-def _end_session(connection: Connection, session_id: str, writer: str) -> None:
-    if not _delete_session.change(connection, session_id=session_id, by=writer):
+def _end_session(connection: Connection, session_id: str, writer: str) -> bool:
+    """End a session that `writer` holds; return whether it was torn."""
+    row = _delete_session.first(connection, session_id=session_id, by=writer)
+    if row is None:
         raise BlobUploadUnknown
+    return bool(row[0])
 
 
 def remove(connection: Connection, name: RepositoryName, digest: Digest) -> None:

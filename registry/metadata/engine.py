@@ -3,84 +3,38 @@
     await database.read(find_tag, repository, tag)
     await database.write(put_manifest, repository, manifest)
 
-SQLite has one writer. So writes stand in a queue before one thread, and what stands there together is committed
-together: sixteen uploads that finish at once cost one sync of the disk. Where a unit fails half-way, all are undone and
-each is run again by itself, so a unit must do nothing but ask and change the database. It is answered only after the
-commit that holds it.
+A unit may be run again, where it failed half-way or met another one, so it must do nothing but ask and change the
+database. It is answered only after the commit that holds it. Two databases keep this promise, `sqlite.py` with one
+writer and `postgres.py` with many; the units are the same.
 """
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
-import queue
-import sqlite3
-import threading
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Concatenate, Final, ParamSpec, TypeVar
+from collections.abc import Callable
+from typing import Concatenate, ParamSpec, Protocol, TypeVar
 
-from sqlalchemy import Connection, Engine, create_engine, event, make_url
-from sqlalchemy.exc import ArgumentError, DatabaseError, DBAPIError, OperationalError
+from sqlalchemy import URL, Connection, Table, make_url
+from sqlalchemy.exc import ArgumentError
 
-from registry.errors import ConfigurationError, MetadataFull, MetadataUnavailable
-from registry.metadata.prepared import driver
-from storage.threads import Job, Threads
+from registry.errors import ConfigurationError
 
 P = ParamSpec("P")
 T = TypeVar("T")
 Unit = Callable[Concatenate[Connection, P], T]
 
-_BATCH_LIMIT: Final = 64
-_READERS: Final = 4
-_BUSY_SECONDS: Final = 15
+
+class Watch(Protocol):
+    """A number that is another one whenever any other connection has committed."""
+
+    def __call__(self) -> int:
+        """Return the number now, without waiting for anything."""
+
+    def close(self) -> None:
+        """Stop watching."""
 
 
-#: The general kind, none of its special ones: the file is damaged, or no database.
-_DAMAGED: Final = (DatabaseError, sqlite3.DatabaseError)
-
-
-@dataclass(slots=True)
-class _Write:
-    job: Job[Any]
-    durable: bool
-
-
-#: What a unit returned, or what it raised.
-_Outcome = tuple[Any, Exception | None]
-
-
-class _MustBeUndone(Exception):
-    """A unit failed after it had changed something."""
-
-    def __init__(self, cause: Exception) -> None:
-        self.cause = cause
-
-
-class Database:
-    """A SQLite file in WAL mode: one writer thread, some reader threads."""
-
-    def __init__(self, url: str, *, sync: bool = True, begin: Callable[[], None] | None = None) -> None:
-        """Open the database behind `url` (`sqlite:///PATH`), which must have been migrated.
-
-        Args:
-            url: as SQLAlchemy writes it.
-            sync: False answers before a commit is on the disk.
-            begin: called in each of its threads as it starts.
-        """
-        self.path = sqlite_path(url)
-        self._writer = _engine(self.path, "IMMEDIATE")
-        self._reader = _engine(self.path, "DEFERRED")
-        self._threads = Threads(_READERS, "sql-reader", begin)
-        self._begin = begin
-        self._local = threading.local()
-        self._sync = sync
-        self._synchronous = "FULL"
-        self._writing: Connection | None = None
-        self._queue: queue.SimpleQueue[_Write | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._write_all, name="sql-writer", daemon=True)
-        self._thread.start()
+class Database(Protocol):
+    """Where the facts are, and how to ask for them."""
 
     async def read(self, unit: Unit[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Run a unit that only reads, on one snapshot.
@@ -88,7 +42,6 @@ class Database:
         Raises:
             MetadataUnavailable: the database did not answer.
         """
-        return await self._threads.run(self._read, lambda connection: unit(connection, *args, **kwargs))
 
     async def look_up(self, unit: Unit[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Run a unit that is one prepared statement, which is a snapshot by itself.
@@ -96,178 +49,73 @@ class Database:
         Raises:
             MetadataUnavailable: the database did not answer.
         """
-        return await self._threads.run(self._look_up, lambda connection: unit(connection, *args, **kwargs))
 
     async def write(self, unit: Unit[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Run a unit, commit, and return its result once the commit is on the disk.
 
         Raises:
             MetadataFull: no room on the disk; nothing was written.
-            MetadataUnavailable: the database did not answer; nothing was written.
+            MetadataUnavailable: the database did not answer; doing it again is safe.
         """
-        return await self._enqueue(lambda connection: unit(connection, *args, **kwargs), durable=True)
 
     async def note(self, unit: Unit[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Run a unit whose loss in a power cut does no harm: committed, seen by all, not synced by itself."""
-        return await self._enqueue(lambda connection: unit(connection, *args, **kwargs), durable=False)
+        """Run a unit whose loss in a power cut does no harm: committed, seen by all, perhaps not synced by itself."""
+
+    def watch(self) -> Watch | None:
+        """Return what tells at once that others have written; None where nothing can."""
 
     async def close(self) -> None:
-        """Finish what is queued and close the file."""
-        self._queue.put(None)
-        await asyncio.to_thread(self._thread.join)
-        await self._threads.close()
-        if self._writing is not None:
-            self._writing.close()
-        self._reader.dispose()
-        self._writer.dispose()
-
-    async def _enqueue(self, work: Callable[[Connection], T], *, durable: bool) -> T:
-        if not self._thread.is_alive():
-            raise MetadataUnavailable("the database is closed")
-        job = Job(work)
-        self._queue.put(_Write(job, durable and self._sync))
-        return await job.wait()
-
-    def _read(self, work: Callable[[Connection], T]) -> T:
-        with _sql_errors():
-            connection = self._reading()
-            with connection.begin():
-                return work(connection)
-
-    def _look_up(self, work: Callable[[Connection], T]) -> T:
-        with _sql_errors():
-            connection = self._reading()
-            found = work(connection)
-            assert not connection.in_transaction(), "not a prepared statement"
-            return found
-
-    def _reading(self) -> Connection:
-        """Return this thread's connection."""
-        connection: Connection | None = getattr(self._local, "connection", None)
-        if connection is None:
-            connection = self._local.connection = self._reader.connect()
-        return connection
-
-    def _write_all(self) -> None:
-        if self._begin:
-            self._begin()
-        while (batch := self._next_batch())[-1] is not None:
-            self._write_batch([write for write in batch if write])
-        self._write_batch([write for write in batch if write])
-
-    def _next_batch(self) -> list[_Write | None]:
-        batch = [self._queue.get()]
-        while batch[-1] is not None and len(batch) < _BATCH_LIMIT:
-            try:
-                batch.append(self._queue.get_nowait())
-            except queue.Empty:
-                break
-        return batch
-
-    def _write_batch(self, writes: list[_Write]) -> None:
-        """Commit units together, or where one of them must be undone, each by itself."""
-        try:
-            outcomes = self._commit(writes)
-        except _MustBeUndone as error:
-            if len(writes) == 1:
-                writes[0].job.fail(error.cause)
-            else:
-                for write in writes:
-                    self._write_batch([write])
-        except BaseException as error:
-            for write in writes:
-                write.job.fail(error)
-        else:
-            for write, (result, failure) in zip(writes, outcomes, strict=True):
-                if failure is None:
-                    write.job.succeed(result)
-                else:
-                    write.job.fail(failure)
-
-    def _commit(self, writes: list[_Write]) -> list[_Outcome]:
-        with _sql_errors():
-            connection = self._writing = self._writing or self._writer.connect()
-            self._set_synchronous(connection, "FULL" if any(write.durable for write in writes) else "NORMAL")
-            with connection.begin():
-                return [_outcome(connection, write) for write in writes]
-
-    def _set_synchronous(self, connection: Connection, level: str) -> None:
-        """[SQLite: PRAGMA synchronous] FULL syncs the log at each commit, with all that stands before it."""
-        if level != self._synchronous:
-            driver(connection).execute(f"PRAGMA synchronous={level}")
-            self._synchronous = level
+        """Finish what is queued and let go of all connections."""
 
 
-def _outcome(connection: Connection, write: _Write) -> _Outcome:
-    """Run one unit of a batch. It may fail alone as long as it has changed nothing."""
-    changes = driver(connection).total_changes
-    try:
-        return write.job.work(connection), None
-    except Exception as error:
-        if _is_down(error):
-            # For all of them.
-            raise
-        if driver(connection).total_changes != changes:
-            raise _MustBeUndone(error) from error
-        return None, error
-
-
-def sqlite_path(url: str) -> Path:
-    """Return the file that a `sqlite:///` URL names.
+def parse_url(url: str) -> URL:
+    """Read the address of a database: `sqlite:///PATH` or `postgresql://USER:PASSWORD@HOST/NAME`.
 
     Raises:
-        ConfigurationError: another database, or none.
+        ConfigurationError: it is something else. The message never shows the address: a password may be in it.
     """
     try:
         parsed = make_url(url)
-    except ArgumentError:
-        parsed = None
-    if parsed is None or parsed.get_backend_name() != "sqlite" or not parsed.database:
-        raise ConfigurationError("database.url must look like sqlite:///path/to/hythe.db")
-    return Path(parsed.database)
-
-
-def _engine(path: Path, begin: str) -> Engine:
-    engine = create_engine(
-        f"sqlite:///{path}",
-        connect_args={"timeout": _BUSY_SECONDS, "check_same_thread": False},
-        pool_size=_READERS,
+        backend = parsed.get_backend_name()
+    except (ArgumentError, ValueError):
+        backend = ""
+    if (backend == "sqlite" and parsed.database) or backend == "postgresql":
+        # Whatever driver is named: one is ours.
+        return parsed.set(drivername="sqlite" if backend == "sqlite" else "postgresql+psycopg")
+    raise ConfigurationError(
+        "database.url must look like sqlite:///path/to/hythe.db or postgresql://user:password@host/name"
     )
 
-    @event.listens_for(engine, "connect")
-    def _connected(connection: sqlite3.Connection, _record: object) -> None:
-        # We begin transactions ourselves: sqlite3 would begin them late and as readers.
-        connection.isolation_level = None
-        prepare(connection)
 
-    @event.listens_for(engine, "begin")
-    def _begun(connection: Connection) -> None:
-        driver(connection).execute(f"BEGIN {begin}")
-
-    return engine
+def is_shared(url: str) -> bool:
+    """Return whether servers on several hosts may use this database at once."""
+    return parse_url(url).get_backend_name() == "postgresql"
 
 
-def prepare(connection: sqlite3.Connection) -> None:
-    """Set a new SQLite connection up as every part of Hythe wants it."""
-    connection.execute("PRAGMA journal_mode=WAL")
-    connection.execute("PRAGMA synchronous=FULL")
-    connection.execute("PRAGMA foreign_keys=ON")
-    connection.execute("PRAGMA cache_size=-8192")
+def open_database(
+    url: str, *, sync: bool = True, connections: int = 8, begin: Callable[[], None] | None = None
+) -> Database:
+    """Open a database that has been brought up to date. [registry.metadata.schema]
+
+    Args:
+        url: where it is.
+        sync: False answers before a commit is on the disk.
+        connections: how many, where the database is a server.
+        begin: called in each of its threads as it starts.
+    """
+    parsed = parse_url(url)
+    # Each is imported only where it is used: a driver takes its time and memory.
+    if parsed.get_backend_name() == "sqlite":
+        from registry.metadata.sqlite import SqliteDatabase
+
+        return SqliteDatabase(parsed, sync=sync, begin=begin)
+    from registry.metadata.postgres import PostgresDatabase
+
+    return PostgresDatabase(parsed, sync=sync, connections=connections, begin=begin)
 
 
-def _is_down(error: Exception) -> bool:
-    """Return whether the database itself failed, and not what was asked of it."""
-    return isinstance(error, OperationalError | sqlite3.OperationalError) or type(error) in _DAMAGED
-
-
-@contextlib.contextmanager
-def _sql_errors() -> Iterator[None]:
-    try:
-        yield
-    except (DBAPIError, sqlite3.Error) as error:
-        text = str(error.orig if isinstance(error, DBAPIError) else error)
-        if "disk is full" in text or "disk I/O error" in text:
-            raise MetadataFull(f"no space left for the database: {text}") from error
-        if _is_down(error):
-            raise MetadataUnavailable(f"the database does not answer: {text}") from error
-        raise
+def hold_still(connection: Connection, *tables: Table) -> None:
+    """Keep others from adding to `tables` until the end of the transaction; a single writer does so anyway."""
+    if connection.dialect.name == "postgresql":
+        names = ", ".join(table.name for table in tables)
+        connection.exec_driver_sql(f"LOCK TABLE {names} IN SHARE ROW EXCLUSIVE MODE")

@@ -11,6 +11,7 @@ from sqlalchemy import Connection, and_, bindparam, delete, exists, func, insert
 
 from registry.errors import ManifestBlobUnknown, ManifestUnknown
 from registry.metadata import repositories, tags
+from registry.metadata.engine import hold_still
 from registry.metadata.prepared import Prepared
 from registry.metadata.tables import (
     blob,
@@ -106,6 +107,10 @@ def put(
     if missing and not sparse:
         wanted = {str(link.digest): link.descriptor.media_type for link in missing}
         raise ManifestBlobUnknown(list(wanted.items()))
+    if any(entry.is_absent for entry in found.values()):
+        # It may be coming just now: whoever brings it must see that it is awaited, or we that it is here.
+        hold_still(connection, blob, manifest)
+        found = _resolve(connection, repositories.find(connection, name), pushed.facts.links)
     repository_id = repositories.ensure(connection, name)
     manifest_id = connection.scalar(select(manifest.c.id).where(manifest.c.digest == str(pushed.digest)))
     if manifest_id is None:
@@ -125,6 +130,10 @@ class _Found:
     child_id: int | None = None
     child_size: int = 0
     is_held: bool = False
+
+    @property
+    def is_absent(self) -> bool:
+        return self.blob_id is None and self.child_id is None
 
 
 def _resolve(connection: Connection, repository_id: int | None, links: Sequence[Link]) -> dict[Digest, _Found]:
@@ -235,6 +244,8 @@ def remove(connection: Connection, name: RepositoryName, digest: Digest, by: str
     for pointing in connection.scalars(select(tag.c.name).filter_by(**row._mapping)).all():
         tags.remove(connection, row.repository_id, pointing, by)
     connection.execute(delete(repository_manifest).filter_by(**row._mapping))
+    # Whoever deletes it elsewhere at this moment waits here, or both would leave it to the other.
+    connection.execute(select(manifest.c.id).where(manifest.c.id == row.manifest_id).with_for_update())
     others = select(func.count()).where(repository_manifest.c.manifest_id == row.manifest_id)
     if not connection.scalar(others):
         connection.execute(delete(manifest).where(manifest.c.id == row.manifest_id))

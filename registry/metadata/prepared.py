@@ -6,13 +6,28 @@ do not need: types that must be converted, and rows with names.
 
 from __future__ import annotations
 
-import sqlite3
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
 
 from sqlalchemy import Connection, Dialect, Executable
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.sql.compiler import SQLCompiler
+
+
+@dataclass(frozen=True, slots=True)
+class _Compiled:
+    """A statement in one driver's words.
+
+    Attributes:
+        text: as the driver takes it.
+        order: of its values, where the driver takes them by place; else None.
+        constants: values that stand in the statement.
+    """
+
+    text: str
+    order: Sequence[str] | None
+    constants: Mapping[str, Any]
 
 
 class Prepared:
@@ -20,8 +35,8 @@ class Prepared:
 
     def __init__(self, statement: Executable) -> None:
         """Prepare `statement`, whose values are all `bindparam`s, numbers, texts or bytes."""
-        self._statement = statement
-        self._compiled: tuple[str, tuple[str, ...], dict[str, Any]] | None = None
+        self._statement: Final = statement
+        self._compiled: dict[str, _Compiled] = {}
 
     def first(self, connection: Connection, **parameters: Any) -> Any:
         """Run it and return the first row as a tuple, or None."""
@@ -39,21 +54,25 @@ class Prepared:
         return count
 
     def _run(self, connection: Connection, parameters: Mapping[str, Any]) -> Any:
-        text, names, constants = self._compiled or self._compile(connection.dialect)
-        given = {**constants, **parameters} if constants else parameters
+        dialect = connection.dialect
+        compiled = self._compiled.get(dialect.name) or self._compile(dialect)
+        given = {**compiled.constants, **parameters} if compiled.constants else parameters
+        values = given if compiled.order is None else [given[name] for name in compiled.order]
+        kind = dialect.loaded_dbapi.Error
         try:
-            return driver(connection).execute(text, [given[name] for name in names])
-        except sqlite3.Error as error:
+            return driver(connection).execute(compiled.text, values)
+        except kind as error:
             raise DBAPIError.instance(
-                text, None, error, sqlite3.Error, hide_parameters=True, dialect=connection.dialect
+                compiled.text, None, error, kind, hide_parameters=True, dialect=dialect
             ) from error
 
-    def _compile(self, dialect: Dialect) -> tuple[str, tuple[str, ...], dict[str, Any]]:
+    def _compile(self, dialect: Dialect) -> _Compiled:
         compiled = self._statement.compile(dialect=dialect)  # type: ignore[attr-defined]
         assert isinstance(compiled, SQLCompiler)
         constants = {name: value for name, value in compiled.params.items() if value is not None}
-        self._compiled = compiled.string, tuple(compiled.positiontup or ()), constants
-        return self._compiled
+        made = _Compiled(compiled.string, compiled.positiontup if compiled.positional else None, constants)
+        self._compiled[dialect.name] = made
+        return made
 
 
 def driver(connection: Connection) -> Any:

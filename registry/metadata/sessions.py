@@ -1,7 +1,10 @@
 """Upload sessions: what the registry knows of bytes on their way in.
 
 A session is written to by one request at a time, whichever process serves it: the request claims the row, and
-lets go of it with the new offset. A claim that nobody renewed for `LEASE` belongs to a process that died.
+lets go of it with the new offset. A claim that nobody renewed for `LEASE` belongs to a process that died, or will find
+that it was thought to be dead; the session is torn then: the store may hold more than its row knows, and may be given
+more. So what such an upload, or one that never became a blob, leaves in the store is a row of its own, until it can be
+forgotten (`leftovers.py`).
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from typing import Any, Final
 from sqlalchemy import Connection, and_, bindparam, delete, func, insert, or_, select, update
 
 from registry.errors import BlobUploadUnknown, UploadConflict
+from registry.metadata import leftovers
 from registry.metadata.prepared import Prepared
 from registry.metadata.tables import blob, now, upload_session
 from storage.base import Checkpoint
@@ -43,6 +47,7 @@ _columns: Final = (
     upload_session.c.algorithm,
     upload_session.c.offset,
     upload_session.c.state,
+    upload_session.c.is_torn,
 )
 _is_named: Final = and_(
     upload_session.c.id == bindparam("session_id"), upload_session.c.repository == bindparam("name")
@@ -52,7 +57,11 @@ _find: Final = Prepared(select(*_columns).where(_is_named))
 _claim: Final = Prepared(
     update(upload_session)
     .where(_is_named, _is_free)
-    .values(writer=bindparam("by"), claimed_at=bindparam("at"))
+    .values(
+        writer=bindparam("by"),
+        claimed_at=bindparam("at"),
+        is_torn=or_(upload_session.c.is_torn, upload_session.c.writer.is_not(None)),
+    )
     .returning(*_columns, select(blob.c.id).where(blob.c.digest == bindparam("digest")).exists())
 )
 _advance: Final = Prepared(
@@ -70,11 +79,19 @@ _advance: Final = Prepared(
 
 @dataclass(frozen=True, slots=True)
 class Session:
-    """An upload session and where it stands."""
+    """An upload session and where it stands.
+
+    Attributes:
+        id: its name, and that of its upload in the store.
+        repository: where it ends.
+        checkpoint: where it stands.
+        is_torn: the store may hold more of it than the checkpoint knows.
+    """
 
     id: str
     repository: RepositoryName
     checkpoint: Checkpoint
+    is_torn: bool = False
 
 
 def create(connection: Connection, session_id: str, repository: RepositoryName, start: Checkpoint) -> None:
@@ -129,7 +146,8 @@ def claim(
 
 
 def _session(row: Sequence[Any]) -> Session:
-    return Session(row[0], RepositoryName(row[1]), Checkpoint(*row[2:]))
+    session_id, repository, *checkpoint, is_torn = row
+    return Session(session_id, RepositoryName(repository), Checkpoint(*checkpoint), bool(is_torn))
 
 
 def advance(connection: Connection, session_id: str, writer: str, checkpoint: Checkpoint, *, release: bool) -> None:
@@ -151,30 +169,33 @@ def advance(connection: Connection, session_id: str, writer: str, checkpoint: Ch
         raise BlobUploadUnknown
 
 
-def remove(connection: Connection, session_id: str, repository: RepositoryName) -> str:
-    """End a session and return the key of its bytes, or raise `BlobUploadUnknown`."""
-    session = find(connection, session_id, repository)
-    connection.execute(delete(upload_session).where(upload_session.c.id == session_id))
-    return session.checkpoint.key
+def remove(connection: Connection, session_id: str, repository: RepositoryName) -> None:
+    """End a session whose bytes nobody needs, or raise `BlobUploadUnknown`."""
+    ended = delete(upload_session).where(upload_session.c.id == session_id, upload_session.c.repository == repository)
+    if not connection.execute(ended).rowcount:
+        raise BlobUploadUnknown
+    leftovers.add(connection, [session_id])
 
 
 def sweep(connection: Connection, idle: int, limit: int = 500) -> list[str]:
-    """End sessions in which nothing happened for `idle` microseconds; return the keys of their bytes."""
+    """End sessions in which nothing happened for `idle` microseconds; return their ids."""
     at = now()
-    old = (
-        select(upload_session.c.id, upload_session.c.key)
-        .where(upload_session.c.updated_at < at - idle)
-        .where(or_(upload_session.c.writer.is_(None), upload_session.c.claimed_at < at - LEASE))
-        .limit(limit)
+    is_idle = and_(
+        upload_session.c.updated_at < at - idle,
+        or_(upload_session.c.writer.is_(None), upload_session.c.claimed_at < at - LEASE),
     )
-    rows = connection.execute(old).all()
-    connection.execute(delete(upload_session).where(upload_session.c.id.in_([row.id for row in rows])))
-    return [row.key for row in rows]
+    old = select(upload_session.c.id).where(is_idle).limit(limit)
+    # Asked twice: somebody may go on with one in between.
+    ended = delete(upload_session).where(upload_session.c.id.in_(old), is_idle).returning(upload_session.c.id)
+    ids = list(connection.scalars(ended))
+    leftovers.add(connection, ids)
+    return ids
 
 
 def release_all(connection: Connection) -> None:
     """Forget every claim: for the start of the only server, when all who held one are dead."""
-    connection.execute(update(upload_session).where(upload_session.c.writer.is_not(None)).values(writer=None))
+    held = upload_session.c.writer.is_not(None)
+    connection.execute(update(upload_session).where(held).values(writer=None, is_torn=True))
 
 
 def count(connection: Connection) -> int:
@@ -182,9 +203,9 @@ def count(connection: Connection) -> int:
     return connection.scalar(select(func.count()).select_from(upload_session)) or 0
 
 
-def known_keys(connection: Connection, keys: list[str]) -> set[str]:
-    """Return which of `keys` belong to an open session."""
-    return set(connection.scalars(select(upload_session.c.key).where(upload_session.c.key.in_(keys))))
+def known(connection: Connection, ids: list[str]) -> set[str]:
+    """Return which of `ids` belong to an open session."""
+    return set(connection.scalars(select(upload_session.c.id).where(upload_session.c.id.in_(ids))))
 
 
 def probe(connection: Connection) -> None:

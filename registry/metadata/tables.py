@@ -4,6 +4,8 @@
         │   └────< repository_manifest >── manifest ──< manifest_reference >── blob, manifest
         └──< tag >── repository_manifest
              tag_event: every move of every tag, for ever          upload_session: bytes on their way in
+                                                                   leftover: bytes that nobody will ask for
+             identity: one row, which says whose facts these are
 
 Times are microseconds since the epoch, UTC; sizes are bytes. The foreign keys are the collector's lock: a blob
 row that a manifest points to cannot be deleted, whoever gets there first.
@@ -27,12 +29,19 @@ from sqlalchemy import (
     Table,
     Text,
     UniqueConstraint,
+    false,
 )
+from sqlalchemy.types import TypeEngine
 
 metadata = MetaData()
 
 # SQLite numbers rows by itself only where the key is INTEGER to the letter.
 _Id = BigInteger().with_variant(Integer, "sqlite")
+
+
+def _name(length: int) -> TypeEngine[str]:
+    """Return a text that is sorted byte by byte, as SQLite sorts all."""
+    return String(length).with_variant(String(length, collation="C"), "postgresql")
 
 
 def now() -> int:
@@ -45,7 +54,7 @@ repository = Table(
     metadata,
     Column("id", _Id, primary_key=True),
     Column("parent_id", _Id, ForeignKey("repository.id")),
-    Column("name", String(255), nullable=False, unique=True, comment="the whole path"),
+    Column("name", _name(255), nullable=False, unique=True, comment="the whole path"),
     Column("has_content", Boolean, nullable=False, comment="False: only a folder on the way to others"),
     Column("created_at", BigInteger, nullable=False),
     Index("repository_parent", "parent_id"),
@@ -80,7 +89,7 @@ manifest = Table(
     "manifest",
     metadata,
     Column("id", _Id, primary_key=True),
-    Column("digest", String(136), nullable=False, unique=True),
+    Column("digest", _name(136), nullable=False, unique=True),
     Column("size", BigInteger, nullable=False),
     Column("content", LargeBinary, nullable=False, comment="the exact bytes that were pushed"),
     Column("subject", String(136), comment="digest; need not exist"),
@@ -122,7 +131,7 @@ tag = Table(
     "tag",
     metadata,
     Column("repository_id", _Id, primary_key=True),
-    Column("name", String(128), primary_key=True),
+    Column("name", _name(128), primary_key=True),
     Column("manifest_id", _Id, nullable=False),
     Column("updated_at", BigInteger, nullable=False),
     Column("updated_by", Text, nullable=False),
@@ -139,7 +148,7 @@ tag_event = Table(
     metadata,
     Column("id", _Id, primary_key=True),
     Column("repository_id", _Id, ForeignKey("repository.id"), nullable=False),
-    Column("name", String(128), nullable=False),
+    Column("name", _name(128), nullable=False),
     Column("digest", String(136), comment="what it points to since; NULL: deleted"),
     Column("at", BigInteger, nullable=False),
     Column("by", Text, nullable=False),
@@ -159,6 +168,28 @@ upload_session = Table(
     Column("claimed_at", BigInteger, nullable=False),
     Column("created_at", BigInteger, nullable=False),
     Column("updated_at", BigInteger, nullable=False),
+    Column(
+        "is_torn",
+        Boolean,
+        nullable=False,
+        server_default=false(),
+        comment="a writer never let go: the store may hold more than this row knows",
+    ),
     UniqueConstraint("key"),
     Index("upload_session_updated", "updated_at"),
+)
+
+leftover = Table(
+    "leftover",
+    metadata,
+    Column("upload", String(36), primary_key=True, comment="whose bytes the store is to forget, in a while"),
+    Column("kept", Text, comment="the key of those that became a blob"),
+    Column("at", BigInteger, nullable=False),
+    Index("leftover_at", "at"),
+)
+
+identity = Table(
+    "identity",
+    metadata,
+    Column("id", String(36), primary_key=True, comment="of the registry, for the store to bear"),
 )

@@ -14,7 +14,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from registry.cache import Cache, DataVersion, WriteCounter
+from registry.cache import Cache, WriteCounter
+from registry.metadata.sqlite import DataVersion
 from storage.oci import OCI_MANIFEST
 from tests.content import Image, digest_of, make_image
 from tests.services.processes import HytheServer, hythe_server

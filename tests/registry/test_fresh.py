@@ -17,8 +17,9 @@ from registry.config import Settings
 from registry.errors import BlobUploadUnknown, UploadConflict
 from registry.fresh import FreshSessions
 from registry.metadata import sessions
-from registry.metadata.engine import Database, sqlite_path
+from registry.metadata.engine import Database
 from registry.metadata.sessions import Session
+from registry.metadata.sqlite import sqlite_path
 from storage.digest import Digest
 from storage.errors import OutOfSpace
 from storage.filesystem import FilesystemStore

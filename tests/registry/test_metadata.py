@@ -26,9 +26,10 @@ from registry.errors import (
 )
 from registry.metadata import blobs, manifests, repositories, sessions, tags
 from registry.metadata.blobs import StoredBlob
-from registry.metadata.engine import Database, sqlite_path
+from registry.metadata.engine import Database, open_database
 from registry.metadata.manifests import PushedManifest
 from registry.metadata.schema import upgrade
+from registry.metadata.sqlite import sqlite_path
 from registry.metadata.tables import blob, manifest, manifest_reference, now, repository, tag_event, upload_session
 from storage.base import Checkpoint
 from storage.digest import Digest
@@ -197,7 +198,7 @@ async def test_a_note_beside_a_write_is_synced_with_it(database: Database) -> No
 
 
 async def test_without_sync_nothing_is_synced(database: Database) -> None:
-    other = Database(f"sqlite:///{database.path}", sync=False)
+    other = open_database(f"sqlite:///{database.path}", sync=False)
     assert await other.write(synchronous) == NORMAL
     await other.close()
 
@@ -211,7 +212,7 @@ async def test_a_note_survives_the_death_of_the_process(database: Database) -> N
 async def test_closing_finishes_the_queue(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path / 'hythe.db'}"
     upgrade(url)
-    database = Database(url)
+    database = open_database(url)
     async with Blocked(database):
         tasks = [asyncio.create_task(database.write(add, f"{number}")) for number in range(150)]
         await asyncio.sleep(0)
@@ -224,7 +225,7 @@ async def test_closing_finishes_the_queue(tmp_path: Path) -> None:
 async def test_a_write_after_closing_is_an_error_and_no_endless_wait(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path / 'hythe.db'}"
     upgrade(url)
-    database = Database(url)
+    database = open_database(url)
     await database.close()
     task = asyncio.ensure_future(database.write(add, "late"))
     done, _ = await asyncio.wait({task}, timeout=2)
@@ -535,7 +536,10 @@ async def test_a_session_belongs_to_its_repository(database: Database, name: str
     for unit in (sessions.find, sessions.remove):
         with pytest.raises(BlobUploadUnknown):
             await database.note(unit, "a", RepositoryName(name))
-    assert await database.note(sessions.remove, "a", NAME) == "uploads/a"
+    await database.note(sessions.remove, "a", NAME)
+    with pytest.raises(BlobUploadUnknown):
+        await database.note(sessions.remove, "a", NAME)
+    assert await database.read(leftovers.due, 0) == [Leftover("a", None)]
 
 
 async def test_who_lost_the_session_cannot_finish_with_it(database: Database) -> None:

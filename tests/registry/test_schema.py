@@ -31,8 +31,8 @@ from sqlalchemy import (
 
 import migrations
 from registry.errors import ConfigurationError
-from registry.metadata.engine import prepare
 from registry.metadata.schema import upgrade
+from registry.metadata.sqlite import prepare
 from registry.metadata.tables import metadata
 from tests.services.processes import hythe_server
 

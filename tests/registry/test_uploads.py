@@ -12,7 +12,7 @@ import pytest
 
 from registry.app import Process
 from registry.config import Settings
-from registry.metadata.engine import sqlite_path
+from registry.metadata.sqlite import sqlite_path
 from storage.digest import HEX_LENGTH
 from tests.conftest import Start
 from tests.content import Client, digest_of

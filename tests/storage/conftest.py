@@ -139,6 +139,17 @@ async def read(store: Store, key: str, start: int, stop: int) -> bytes:
     return b"".join([piece async for piece in store.open(key).read(start, stop)])
 
 
+async def dropped(store: Store, upload: Upload, name: str = "one") -> None:
+    """Let go of an upload and of its bytes."""
+    await upload.abandon()
+    await store.forget(name)
+
+
+async def uploads(store: Store) -> set[str]:
+    """Return the names of the uploads that brought what lies in the store."""
+    return {found.upload async for found in store.objects()}
+
+
 async def keys(store: Store) -> set[str]:
     """Return the keys of all that lies in the store."""
     return {found.key async for found in store.objects()}

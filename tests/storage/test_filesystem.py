@@ -21,7 +21,7 @@ from storage.errors import ContentMissing, OutOfSpace, StorageError, UploadBusy,
 from storage.filesystem import FilesystemStore
 from tests.conftest import needs_root
 from tests.services.processes import run
-from tests.storage.conftest import begun, fill_disk, keys, open_files, read, resumed, small_disk, stored, suspended
+from tests.storage.conftest import begun, dropped, fill_disk, keys, open_files, read, resumed, small_disk, stored, suspended
 
 CONTENT = bytes(range(256)) * 5000
 HALF = len(CONTENT) // 2 + 7
@@ -99,7 +99,7 @@ async def test_a_state_of_this_boot_spares_the_second_reading(store: FilesystemS
     (store.root / checkpoint.key).write_bytes(bytes(HALF))
     upload = await resumed(store, checkpoint)
     await upload.verify(Digest.of(CONTENT[:HALF]))
-    await upload.abort()
+    await dropped(store, upload)
 
 
 async def test_a_state_of_another_boot_is_not_believed(store: FilesystemStore) -> None:
@@ -109,7 +109,7 @@ async def test_a_state_of_another_boot_is_not_believed(store: FilesystemStore) -
     other_boot = bytes(16) + checkpoint.state[16:]
     upload = await resumed(store, replace(checkpoint, state=other_boot))
     await upload.verify(Digest.of(bytes(HALF)))
-    await upload.abort()
+    await dropped(store, upload)
 
 
 async def test_a_state_names_the_boot_of_this_machine(store: FilesystemStore) -> None:
@@ -135,7 +135,7 @@ async def test_a_writer_in_another_process_keeps_others_out_until_it_is_dead(sto
         os.kill(pid, signal.SIGKILL)
         await asyncio.to_thread(os.waitid, os.P_PID, pid, os.WEXITED | os.WNOWAIT)
         upload = await resumed(store, checkpoint)
-    await upload.abort()
+    await dropped(store, upload)
 
 
 async def test_a_resume_that_comes_late_does_not_touch_what_was_published(store: FilesystemStore) -> None:
@@ -284,7 +284,7 @@ async def test_half_a_write_that_met_a_full_disk_leaves_no_bytes_behind(tmp_path
         assert (disk / "data/uploads/one").stat().st_size == 1000
         assert upload.offset == 1000
         fill_disk(disk)
-        await upload.abort()
+        await dropped(store, upload)
         assert await keys(store) == set()
         await store.close()
 

@@ -1,0 +1,47 @@
+"""Uploads that are over, and whose bytes the store is to forget.
+
+Not at once: a process that was thought to be dead may still be writing. And not only once: this row goes when the bytes
+are gone, whoever dies in between.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final, NamedTuple
+
+from sqlalchemy import Connection, delete, insert, select
+
+from registry.metadata.tables import leftover, now
+
+#: Microseconds after which nobody writes to an upload any more, however late a request of his arrives.
+GRACE: Final = 900_000_000
+
+
+class Leftover(NamedTuple):
+    """What an upload left; `kept` is the key of the part of it that became a blob."""
+
+    upload: str
+    kept: str | None
+
+
+def add(connection: Connection, uploads: Sequence[str], kept: str | None = None) -> None:
+    """Note that these uploads are over, and of one of them what became a blob."""
+    at = now()
+    if uploads:
+        connection.execute(insert(leftover), [{"upload": upload, "kept": kept, "at": at} for upload in uploads])
+
+
+def due(connection: Connection, grace: int = GRACE, limit: int = 500) -> list[Leftover]:
+    """Return those that ended more than `grace` microseconds ago, the oldest first."""
+    query = (
+        select(leftover.c.upload, leftover.c.kept)
+        .where(leftover.c.at < now() - grace)
+        .order_by(leftover.c.at)
+        .limit(limit)
+    )
+    return [Leftover(*row) for row in connection.execute(query)]
+
+
+def forget(connection: Connection, uploads: Sequence[str]) -> None:
+    """Forget those of which the store has nothing any more."""
+    connection.execute(delete(leftover).where(leftover.c.upload.in_(uploads)))
