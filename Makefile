@@ -41,7 +41,7 @@ $(VENV)/installed: pyproject.toml $(VENV)/bin/python
 	@touch $@
 
 $(VENV)/installed-test: pyproject.toml $(VENV)/bin/python
-	$(BIN)/python -m pip install --quiet --editable '.[uvloop,test]'
+	$(BIN)/python -m pip install --quiet --editable '.[uvloop,postgres,s3,test]'
 	@touch $@ $(VENV)/installed
 
 clean:

@@ -52,6 +52,9 @@ class Program:
     output: Path
     environment: Mapping[str, str] = field(default_factory=dict)
     process: subprocess.Popen[bytes] | None = None
+    #: Whom it runs as, and that one's first group; nobody else than we where it is not said.
+    user: str | None = None
+    group: int | None = None
 
     def start(self) -> None:
         """Start it."""
@@ -63,6 +66,9 @@ class Program:
                 stderr=output,
                 env={**os.environ, **self.environment},
                 start_new_session=True,
+                user=self.user,
+                group=self.group,
+                extra_groups=None if self.user is None else [],
             )
 
     @property
