@@ -132,10 +132,9 @@ class Sessions:
             await claim.upload.abandon()
             await self._store.forget(session_id)
             return
-        is_tidy = claim.upload.is_tidy
         key = await claim.upload.commit(digest)
         stored = StoredBlob(key, claim.upload.offset)
-        finishing = self._contents.finish_upload(session_id, writer, name, digest, stored, is_tidy=is_tidy)
+        finishing = self._contents.finish_upload(session_id, writer, name, digest, stored, is_tidy=claim.upload.is_tidy)
         await self._add(key, finishing)
 
     async def publish_fresh(self, name: RepositoryName, session_id: str, last: bytes, digest: Digest) -> bool:

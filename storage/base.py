@@ -73,7 +73,7 @@ class Upload(Protocol):
 
     @property
     def is_tidy(self) -> bool:
-        """Whether the store will hold nothing of this upload after `commit` but what that returns."""
+        """Whether the store, after `commit`, holds nothing of this upload but what that returned."""
 
     async def write(self, pieces: Sequence[bytes | memoryview], *, last: bool = False) -> None:
         """Append and hash `pieces`: all of them, or none is counted.

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import msgspec
 import psutil
@@ -21,6 +22,7 @@ from registry.metadata.schema import upgrade
 from registry.wire import accept
 from storage.base import Store
 from tests.content import Client
+from tests.services.postgres import Postgres, postgres
 from tests.services.processes import HytheServer, hythe_server
 
 
@@ -45,15 +47,49 @@ def needs(*programs: str) -> pytest.MarkDecorator:
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root: it mounts, or runs dockerd")
 
 
+@pytest.fixture(scope="session")
+def postgres_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Postgres]:
+    """A PostgreSQL for all tests, where each has a database of its own."""
+    with postgres(tmp_path_factory.mktemp("postgres")) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def template(postgres_server: Postgres) -> str:
+    """The name of an empty database of this version, to be copied."""
+    url = postgres_server.create()
+    upgrade(url)
+    return urlsplit(url).path[1:]
+
+
 @pytest.fixture
-def settings(tmp_path: Path) -> Settings:
-    """The defaults, with the data in a directory of this test."""
+def backend(request: pytest.FixtureRequest) -> str:
+    """Where facts and bytes are: "local" in one directory, or "remote". [tests/registry/conftest.py]"""
+    return str(getattr(request, "param", "local"))
+
+
+@pytest.fixture
+def database_url(backend: str, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[str]:
+    """The address of an empty database of this version, or of a file that is still to be made."""
+    if backend == "local":
+        yield f"sqlite:///{tmp_path / 'data' / 'hythe.db'}"
+        return
+    template = request.getfixturevalue("template")
+    server = request.getfixturevalue("postgres_server")
+    url = server.create(template)
+    yield url
+    server.drop(url)
+
+
+@pytest.fixture
+def settings(tmp_path: Path, database_url: str) -> Settings:
+    """The defaults, with the data of this test alone."""
     return load(
         None,
         {},
         {
             "storage.filesystem.root": str(tmp_path / "data"),
-            "database.url": f"sqlite:///{tmp_path / 'data' / 'hythe.db'}",
+            "database.url": database_url,
             "log.access": "false",
         },
     )
@@ -86,9 +122,9 @@ class _Server(TestServer):
 
 
 @pytest.fixture
-def process() -> Process:
+def process(backend: str) -> Process:
     """What the registries of this process take themselves for; a module may have its own."""
-    return Process()
+    return Process(alone=backend == "local")
 
 
 @pytest.fixture
@@ -123,11 +159,10 @@ async def client(start: Start) -> Client:
 
 
 @pytest.fixture
-async def database(tmp_path: Path) -> AsyncIterator[Database]:
+async def database(database_url: str) -> AsyncIterator[Database]:
     """An empty database, without a registry around it."""
-    url = f"sqlite:///{tmp_path / 'hythe.db'}"
-    upgrade(url)
-    made = open_database(url)
+    upgrade(database_url)
+    made = open_database(database_url)
     yield made
     await made.close()
 

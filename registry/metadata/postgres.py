@@ -28,19 +28,19 @@ from storage.threads import Threads
 P = ParamSpec("P")
 T = TypeVar("T")
 
-#: Seconds that a unit waits for a database that is away, and between two tries at first and at most.
+#: Seconds that a unit waits for a database that is away, and between two tries at most.
 _PATIENCE: Final = 8.0
-_FIRST_PAUSE: Final = 0.02
 _LONGEST_PAUSE: Final = 0.5
-#: How often a unit that met others is run again.
-_MEETINGS: Final = 20
+#: How often a unit that met others is run again, and the seconds before the first time.
+_MEETINGS: Final = 10
+_PAUSE: Final = 0.01
 #: [libpq: Parameter Key Words] A network that swallows packets must not hold a thread for ever.
 _DEFAULTS: Final = {"connect_timeout": "5", "tcp_user_timeout": "15000", "keepalives_idle": "30"}
 
 _WRITING: Final = b"BEGIN"
 _READING: Final = b"BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY"
 
-#: Another unit was faster; run again, this one sees what it did.
+#: Another unit was faster; run again, this one sees what it did. Where it still cannot be, it was never to be.
 _MET: Final = (
     psycopg.errors.UniqueViolation,
     psycopg.errors.ForeignKeyViolation,
@@ -99,19 +99,17 @@ class PostgresDatabase:
     def _run_here(self, work: Callable[[Connection], T]) -> T:
         """Run `work` until it is done, or there is no sense in another try."""
         end = time.monotonic() + _PATIENCE
-        pause, meetings = _FIRST_PAUSE, 0
+        pause, meetings = _PAUSE, 0
         while True:
             try:
                 return self._try(work)
             except DBAPIError as error:
-                cause = error.orig
-                meetings += isinstance(cause, _MET)
-                is_over = meetings > _MEETINGS or time.monotonic() > end
-                if is_over or not isinstance(cause, (*_MET, psycopg.OperationalError)) or isinstance(cause, _FULL):
+                meetings += isinstance(error.orig, _MET)
+                if not _may_pass(error) or meetings > _MEETINGS or time.monotonic() > end:
                     raise _meaning(error) from error
             # Not all at once: who met once meets again otherwise.
             time.sleep(pause * random.random())  # noqa: S311
-            pause = min(_LONGEST_PAUSE, pause * 2)
+            pause = min(_LONGEST_PAUSE if not meetings else 2 * _PAUSE, pause * 2)
 
     def _try(self, work: Callable[[Connection], T]) -> T:
         connection = self._connection()
@@ -183,11 +181,15 @@ def _is_stale(connection: Connection) -> bool:
     return bool(poll.poll(0))
 
 
+def _may_pass(error: DBAPIError) -> bool:
+    """Return whether another try may mend it: others were met, or the database is away."""
+    return isinstance(error.orig, (*_MET, psycopg.OperationalError)) and not isinstance(error.orig, _FULL)
+
+
 def _meaning(error: DBAPIError) -> Exception:
     """Return what to raise for an error that another try does not mend."""
-    cause = error.orig
-    if isinstance(cause, _FULL):
-        return MetadataFull(f"no room for the database: {cause}")
-    if isinstance(cause, (*_MET, psycopg.OperationalError)):
-        return MetadataUnavailable(f"the database does not answer: {cause}")
+    if isinstance(error.orig, _FULL):
+        return MetadataFull(f"no room for the database: {error.orig}")
+    if isinstance(error.orig, psycopg.OperationalError):
+        return MetadataUnavailable(f"the database does not answer: {error.orig}")
     return error

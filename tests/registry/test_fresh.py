@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-import sqlite3
 import threading
 from collections.abc import AsyncIterator
-from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -19,7 +17,6 @@ from registry.fresh import FreshSessions
 from registry.metadata import sessions
 from registry.metadata.engine import Database
 from registry.metadata.sessions import Session
-from registry.metadata.sqlite import sqlite_path
 from storage.digest import Digest
 from storage.errors import OutOfSpace
 from storage.filesystem import FilesystemStore
@@ -27,6 +24,7 @@ from storage.memory import MemoryStore
 from storage.names import RepositoryName
 from tests.conftest import Start
 from tests.content import Client, digest_of
+from tests.facts import query
 from tests.registry.talk import ask, begin, files_below, in_pieces
 
 NAME = RepositoryName("org/app")
@@ -241,9 +239,7 @@ async def test_while_the_database_hangs_nothing_piles_up(
 
 def rows(settings: Settings) -> int:
     """Return how many sessions are in the database now."""
-    with closing(sqlite3.connect(sqlite_path(settings.database.url))) as connection:
-        count: int = connection.execute("SELECT count(*) FROM upload_session").fetchone()[0]
-        return count
+    return len(query(settings.database.url, "SELECT id FROM upload_session"))
 
 
 @pytest.mark.usefixtures("long_moment")

@@ -1,8 +1,6 @@
 """Listing tags and repositories, and the history of tags. [distribution-spec: end-8a, end-8b]"""
 
-import contextlib
 import re
-import sqlite3
 
 import pytest
 
@@ -10,6 +8,7 @@ from registry.config import Settings
 from storage.digest import HEX_LENGTH
 from storage.oci import OCI_INDEX
 from tests.content import Client, Pusher, digest_of
+from tests.facts import query
 from tests.registry.talk import Answer, ask, wire
 
 TAGS = "/v2/org/team/app/tags/list"
@@ -161,10 +160,12 @@ async def test_extensions_can_be_discovered(client: Client, path: str) -> None:
 # --- history --------------------------------------------------------------------------------------------
 
 
+HISTORY = 'SELECT name, digest FROM tag_event ORDER BY "at", id'
+
+
 def history(settings: Settings) -> list[tuple[str, str | None]]:
     """Return what happened to the tags, in order."""
-    with contextlib.closing(sqlite3.connect(settings.database.url.removeprefix("sqlite:///"))) as database:
-        return database.execute('SELECT name, digest FROM tag_event ORDER BY "at", id').fetchall()
+    return [(name, digest) for name, digest in query(settings.database.url, HISTORY)]
 
 
 async def test_the_history_of_a_tag_tells_where_it_pointed(client: Client, settings: Settings) -> None:

@@ -2,20 +2,18 @@
 
 import asyncio
 import secrets
-import sqlite3
 import uuid
 from collections.abc import AsyncIterator
-from contextlib import closing
 from pathlib import Path
 
 import pytest
 
 from registry.app import Process
 from registry.config import Settings
-from registry.metadata.sqlite import sqlite_path
 from storage.digest import HEX_LENGTH
 from tests.conftest import Start
 from tests.content import Client, digest_of
+from tests.facts import query
 from tests.registry.talk import Answer, Wire, ask, begin, files_below, in_pieces, wire
 from tests.storage.conftest import open_files
 
@@ -406,8 +404,7 @@ async def test_a_single_post_that_fails_leaves_no_session(client: Client, settin
         await cut.request("POST", f"{UPLOADS}?digest={DIGEST}", ["Content-Length: 90000"], b"x" * 50_000)
         await asyncio.sleep(0.3)
     for _ in range(500):
-        with closing(sqlite3.connect(sqlite_path(settings.database.url))) as connection:
-            rows = connection.execute("SELECT count(*) FROM upload_session").fetchone()[0]
+        rows = query(settings.database.url, "SELECT id FROM upload_session")
         if not rows and not files_below(Path(settings.storage.filesystem.root) / "uploads"):
             return
         await asyncio.sleep(0.01)

@@ -21,7 +21,18 @@ from storage.errors import ContentMissing, OutOfSpace, StorageError, UploadBusy,
 from storage.filesystem import FilesystemStore
 from tests.conftest import needs_root
 from tests.services.processes import run
-from tests.storage.conftest import begun, dropped, fill_disk, keys, open_files, read, resumed, small_disk, stored, suspended
+from tests.storage.conftest import (
+    begun,
+    dropped,
+    fill_disk,
+    keys,
+    open_files,
+    read,
+    resumed,
+    small_disk,
+    stored,
+    suspended,
+)
 
 CONTENT = bytes(range(256)) * 5000
 HALF = len(CONTENT) // 2 + 7

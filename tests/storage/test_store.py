@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from storage.s3 import S3Store
 
 from storage.base import Store
 from storage.digest import Digest
-from storage.s3 import S3Store
 from storage.errors import ContentMissing, DigestMismatch, OutOfSpace, UploadBusy, UploadLost
 from tests.services.processes import wait_until
 from tests.storage.conftest import DRIVERS, Room, begun, dropped, keys, read, resumed, stored, suspended, uploads
@@ -305,7 +305,7 @@ async def test_many_uploads_at_once_do_not_mix(store: Store) -> None:
 async def test_all_that_lies_in_the_store_is_listed_with_size_and_age(store: Store) -> None:
     before = time.time()
     blob = await stored(store, CONTENT, "one")
-    upload = await suspended(store, CONTENT[:100], "two")
+    await suspended(store, CONTENT[:100], "two")
     found = {item.key: item async for item in store.objects()}
     assert {(item.upload, item.size) for item in found.values()} == {("one", len(CONTENT)), ("two", 100)}
     assert found[blob].upload == "one"

@@ -1,0 +1,22 @@
+"""Which tests run on which backend: what the protocol promises, and what the facts are, must not depend on it."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import pytest
+
+from tests.services.postgres import needs_postgres
+
+#: Modules whose tests look into files, processes or memory of one host.
+LOCAL: Final = frozenset(
+    ["affinity", "answers", "app", "cache", "chunks", "config", "fresh", "full_disk", "schema", "server", "sqlite"]
+)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run every other test on both."""
+    is_local = metafunc.module.__name__.rpartition("test_")[2] in LOCAL
+    if "backend" in metafunc.fixturenames and not is_local:
+        remote = pytest.param("remote", marks=needs_postgres)
+        metafunc.parametrize("backend", ["local", remote], indirect=True)
