@@ -111,6 +111,7 @@ def postgres(directory: Path, *, sync: bool = False) -> Iterator[Postgres]:
 
     With `sync` it waits for the disk, as it does in earnest.
     """
+    directory.mkdir(exist_ok=True)
     password = secrets.token_hex(16)
     with tempfile.TemporaryDirectory(prefix="hythe-postgres-") as home:
         cluster = Path(home) / "cluster"

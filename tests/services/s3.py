@@ -42,15 +42,15 @@ class S3:
     secret_key: str
     region: str = "us-east-1"
 
-    def client(self) -> S3Client:
-        """Return a client, for the caller to close."""
+    def client(self, attempts: int = 2) -> S3Client:
+        """Return a client, for the caller to close, that does what is asked so often at most."""
         config = Config(
             s3={"addressing_style": "path"},
             # Without it, URLs are signed in the way of version 2.
             signature_version="s3v4",
             request_checksum_calculation="when_required",
             response_checksum_validation="when_required",
-            retries={"mode": "standard", "total_max_attempts": 2},
+            retries={"mode": "standard", "total_max_attempts": attempts},
             connect_timeout=5,
             read_timeout=30,
         )
