@@ -105,8 +105,9 @@ class Bucket:
         self._ca_file = ca_file
         self.requests: Counter[str] = Counter()
         config = Config(
+            # Without it, addresses are signed in the way of version 2.
             signature_version="s3v4",
-            s3={"addressing_style": addressing},
+            s3={"addressing_style": addressing},  # type: ignore[arg-type]
             # What other servers make of checksums that nobody asked for ranges from ignoring to refusing them.
             request_checksum_calculation="when_required",
             response_checksum_validation="when_required",
@@ -128,7 +129,7 @@ class Bucket:
         self._client = client(endpoint)
         self._public = client(public_endpoint) if public_endpoint else self._client
         self._client.meta.events.register("before-send.s3", self._count)
-        self._threads = Threads(_CONTROLLERS, "s3")
+        self._threads = Threads(_CONTROLLERS, "control")
         self._session: aiohttp.ClientSession | None = None
 
     async def close(self) -> None:
@@ -137,14 +138,15 @@ class Bucket:
             await self._session.close()
         await self._threads.close()
         self._client.close()
+        self._public.close()
 
     # -- bytes
 
-    async def put(self, key: str, pieces: Sequence[bytes]) -> None:
+    async def put(self, key: str, pieces: Sequence[bytes | bytearray]) -> None:
         """Make an object of `pieces`."""
         await self._send("PutObject", "put_object", {"Key": self._prefix + key}, pieces)
 
-    async def put_part(self, key: str, upload_id: str, number: int, pieces: Sequence[bytes]) -> str:
+    async def put_part(self, key: str, upload_id: str, number: int, pieces: Sequence[bytes | bytearray]) -> str:
         """Send a part and return its tag; raises `UploadLost`."""
         where = {"Key": self._prefix + key, "UploadId": upload_id, "PartNumber": number}
         return await self._send("UploadPart", "upload_part", where, pieces)
@@ -195,7 +197,13 @@ class Bucket:
         return str(answer["UploadId"])
 
     async def complete(self, key: str, upload_id: str, tags: Sequence[str]) -> None:
-        """Make an object of parts; raises `UploadLost` where there is no such upload, or a part is another one now."""
+        """Make an object of all parts that were sent.
+
+        If it fails, in whichever way, it may have been done all the same: answers get lost.
+
+        Raises:
+            UploadLost: there is no such upload, a part is another one now, or there are more.
+        """
         parts = [{"ETag": tag, "PartNumber": number} for number, tag in enumerate(tags, 1)]
         await self._call(
             self._client.complete_multipart_upload,
@@ -276,7 +284,7 @@ class Bucket:
         # Credentials may have to be fetched first.
         return URL(await self._threads.run(sign), encoded=True)
 
-    async def _send(self, kind: str, operation: str, where: dict[str, Any], pieces: Sequence[bytes]) -> str:
+    async def _send(self, kind: str, operation: str, where: dict[str, Any], pieces: Sequence[bytes | bytearray]) -> str:
         """Send bytes, as often as needed, and return the tag they were given."""
         size = sum(map(len, pieces))
 
@@ -313,7 +321,7 @@ class Bucket:
         return await self._threads.run(call)
 
 
-async def _flow(pieces: Sequence[bytes]) -> AsyncGenerator[bytes, None]:
+async def _flow(pieces: Sequence[bytes | bytearray]) -> AsyncGenerator[bytes | bytearray, None]:
     for piece in pieces:
         yield piece
 

@@ -28,11 +28,11 @@ import msgspec
 from storage.base import Checkpoint, StoredObject
 from storage.bucket import Bucket
 from storage.digest import Digest, Hasher, hasher, restore
-from storage.errors import ContentMissing, DigestMismatch, StorageError, UploadBusy, UploadLost
+from storage.errors import ContentMissing, DigestMismatch, StorageError, StoreUnavailable, UploadBusy, UploadLost
 from storage.threads import Threads
 
 _HASHERS: Final = 8
-#: Bytes are kept in pieces of this size; between any two of them a part may end.
+#: Bytes are kept in pieces of this size, between two of which a part ends: where, does not depend on how they come.
 _PIECE_SIZE: Final = 1 << 20
 #: [S3: Multipart upload limits] what a part that is not the last one must have.
 _LEAST_PART: Final = 5 << 20
@@ -78,12 +78,12 @@ class _State(msgspec.Struct, array_like=True):
         return sum(size for _, size in self.loose)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Piece:
-    """Bytes, and the digest of all up to their end."""
+    """Bytes up to the next multiple of `_PIECE_SIZE`, if they have come, and the digest of all up to their end."""
 
-    content: bytes
-    hashed: bytes
+    content: bytearray
+    hashed: bytes = b""
 
 
 @dataclass(slots=True)
@@ -266,6 +266,7 @@ class _S3Upload:
         self._pieces: list[_Piece] = []
         self._flying: list[_Part] = []
         self._finished = ""
+        self._is_doubtful = False
         self._is_begun = self._is_over = False
         #: Held by whoever changes any of this: the request, or one that needs memory.
         self.lock = asyncio.Lock()
@@ -305,6 +306,8 @@ class _S3Upload:
                 await self._take_in(last)
             await self._verify(digest)
             key = await self._finish()
+            if self._is_doubtful:
+                await self._check(key, digest)
             await self._let_go()
         return key
 
@@ -390,7 +393,7 @@ class _S3Upload:
         if self._finished:
             raise StorageError("this upload was finished to be read, and cannot go on")
         await self._store._memory.take(self, size)
-        self._pieces += await self._store._threads.run(_keep, pieces, self._hasher)
+        await self._store._threads.run(_keep, pieces, self._pieces, self._offset, self._hasher)
         self.buffered += size
         self._offset += size
         self._verified = None
@@ -423,7 +426,7 @@ class _S3Upload:
                 raise
             taken = self._stored.loose
             number = len(self._stored.parts) + len(self._flying) + 1
-            contents = before + [piece.content for piece in pieces]
+            contents: list[bytes | bytearray] = [*before, *(piece.content for piece in pieces)]
             sending = asyncio.create_task(
                 self._bucket.put_part(self._stored.target, self._stored.upload_id, number, contents)
             )
@@ -474,7 +477,7 @@ class _S3Upload:
         self._store._memory.give(self.buffered)
         self._pieces, self.buffered = [], 0
 
-    async def _put(self, contents: list[bytes]) -> str:
+    async def _put(self, contents: Sequence[bytes | bytearray]) -> str:
         key = _new_key(self._name)
         with self._perhaps_stray():
             await self._bucket.put(key, contents)
@@ -517,14 +520,17 @@ class _S3Upload:
         again = hasher(algorithm)
         is_in_parts = self._stored.parts or self._flying
         for key, size in [(await self._finish(), self._offset)] if is_in_parts else self._stored.loose:
-            try:
-                async for piece in self._bucket.read(key, 0, size):
-                    await self._store._threads.run(again.update, piece)
-            except ContentMissing:
-                raise UploadLost("bytes of this upload are gone") from None
-        for held in self._pieces:
-            await self._store._threads.run(again.update, held.content)
+            await self._hash_stored(again, key, size)
+        for piece in self._pieces:
+            await self._store._threads.run(again.update, memoryview(piece.content))
         return again.digest()
+
+    async def _hash_stored(self, hashing: Hasher, key: str, size: int) -> None:
+        try:
+            async for piece in self._bucket.read(key, 0, size):
+                await self._store._threads.run(hashing.update, piece)
+        except ContentMissing:
+            raise UploadLost("bytes of this upload are gone") from None
 
     async def _finish(self) -> str:
         """Make one object of all there is and return its key."""
@@ -545,7 +551,7 @@ class _S3Upload:
             before = await self._fetch_loose()
             if loose:
                 self._stored.has_strays = True
-            return await self._put(before + [piece.content for piece in self._pieces])
+            return await self._put([*before, *(piece.content for piece in self._pieces)])
 
     async def _finish_parts(self) -> str:
         if self._pieces or self._stored.loose:
@@ -556,18 +562,20 @@ class _S3Upload:
         stored = self._stored
         try:
             await self._bucket.complete(stored.target, stored.upload_id, [tag for tag, _ in stored.parts])
-        except UploadLost:
-            # It may have been completed before, by a request whose answer, or whose sender, got lost.
-            await self._check_complete()
+        except (UploadLost, StoreUnavailable):
+            # It may have been completed all the same, or before, by a request whose answer or whose sender got lost.
+            with contextlib.suppress(ContentMissing):
+                self._is_doubtful = await self._bucket.size(stored.target) == stored.size
+            if not self._is_doubtful:
+                raise
         return stored.target
 
-    async def _check_complete(self) -> None:
-        try:
-            size = await self._bucket.size(self._stored.target)
-        except ContentMissing:
-            raise UploadLost("the parts of this upload are gone") from None
-        if size != self._stored.size:
-            raise UploadLost(f"{self._stored.size} bytes were sent, {size} are there")
+    async def _check(self, key: str, digest: Digest) -> None:
+        """Read what somebody made of the parts: of these, or of others that a lost writer sent."""
+        again = hasher(digest.algorithm)
+        await self._hash_stored(again, key, self._offset)
+        if again.digest() != digest:
+            raise UploadLost("another request has made something else of this upload")
 
 
 class _S3Content:
@@ -584,17 +592,20 @@ class _S3Content:
         return self._bucket.read(self._key, start, stop)
 
 
-def _keep(pieces: Sequence[bytes | memoryview], hashing: Hasher | None) -> list[_Piece]:
-    """Hash and copy; buffers that bytes arrive in are used again."""
-    kept = []
-    for content in pieces:
-        whole = memoryview(content)
-        for start in range(0, len(whole), _PIECE_SIZE):
-            piece = bytes(whole[start : start + _PIECE_SIZE])
+def _keep(come: Sequence[bytes | memoryview], kept: list[_Piece], offset: int, hashing: Hasher | None) -> None:
+    """Hash what has come, and copy it to what is kept; buffers that bytes arrive in are used again."""
+    for content in come:
+        rest: bytes | memoryview = content
+        while rest:
+            if not kept or offset % _PIECE_SIZE == 0:
+                kept.append(_Piece(bytearray()))
+            last = kept[-1]
+            now, rest = rest[: _PIECE_SIZE - offset % _PIECE_SIZE], rest[_PIECE_SIZE - offset % _PIECE_SIZE :]
+            last.content += now
+            offset += len(now)
             if hashing:
-                hashing.update(piece)
-            kept.append(_Piece(piece, hashing.save() if hashing else b""))
-    return kept
+                hashing.update(now)
+                last.hashed = hashing.save()
 
 
 def _size(pieces: Sequence[_Piece]) -> int:

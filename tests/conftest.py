@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -24,6 +26,7 @@ from storage.base import Store
 from tests.content import Client
 from tests.services.postgres import Postgres, postgres
 from tests.services.processes import HytheServer, hythe_server
+from tests.services.s3 import S3, ceph, juicefs
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -52,6 +55,20 @@ def postgres_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Postgr
     """A PostgreSQL for all tests, where each has a database of its own."""
     with postgres(tmp_path_factory.mktemp("postgres")) as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def ceph_bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bucket]:
+    """A bucket of Ceph's gateway for all tests, where each has a prefix of its own."""
+    with ceph(tmp_path_factory.mktemp("ceph")) as server:
+        yield Bucket(server, server.new_bucket())
+
+
+@pytest.fixture(scope="session")
+def juicefs_bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bucket]:
+    """A bucket of JuiceFS's gateway, likewise."""
+    with juicefs(tmp_path_factory.mktemp("juicefs")) as server:
+        yield Bucket(server, server.new_bucket())
 
 
 @pytest.fixture(scope="session")
@@ -93,6 +110,26 @@ def settings(tmp_path: Path, database_url: str) -> Settings:
             "log.access": "false",
         },
     )
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """A bucket, and where it is."""
+
+    server: S3
+    name: str
+
+    def settings(self) -> dict[str, str]:
+        """Return `[storage.s3]` for a registry with a prefix of its own in it."""
+        return {
+            "bucket": self.name,
+            "prefix": f"{secrets.token_hex(6)}/",
+            "region": self.server.region,
+            "endpoint": self.server.endpoint,
+            "addressing": "path",
+            "access_key": self.server.access_key,
+            "secret_key": self.server.secret_key,
+        }
 
 
 Start = Callable[..., Awaitable[Client]]

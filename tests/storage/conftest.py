@@ -15,13 +15,29 @@ from storage.base import Checkpoint, Store, Upload
 from storage.digest import Digest
 from storage.filesystem import FilesystemStore
 from storage.memory import MemoryStore
-from tests.conftest import needs_root
+from storage.s3 import S3Store
+from tests.conftest import Bucket, needs_root
+from tests.services.s3 import needs_ceph, needs_juicefs
 
-#: Drivers by name: each makes a store in an empty directory, should it want one.
-DRIVERS: dict[str, Callable[[Path], Store]] = {
-    "filesystem": FilesystemStore,
-    "memory": lambda _: MemoryStore(),
-}
+Make = Callable[[Path], Store]
+
+DRIVERS = [
+    "filesystem",
+    "memory",
+    pytest.param("ceph", marks=needs_ceph),
+    pytest.param("juicefs", marks=needs_juicefs),
+]
+
+
+@pytest.fixture(params=DRIVERS)
+def make(request: pytest.FixtureRequest) -> Make:
+    """What makes an empty store, in an empty directory should it want one, of every driver in turn."""
+    if request.param == "filesystem":
+        return FilesystemStore
+    if request.param == "memory":
+        return lambda _: MemoryStore()
+    bucket: Bucket = request.getfixturevalue(f"{request.param}_bucket")
+    return lambda _: S3Store(**bucket.settings())  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -77,10 +93,10 @@ ROOMS: dict[str, Callable[[Path], AbstractContextManager[Room]]] = {
 }
 
 
-@pytest.fixture(params=DRIVERS)
-async def store(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Store]:
+@pytest.fixture
+async def store(make: Make, tmp_path: Path) -> AsyncIterator[Store]:
     """An empty store of every driver in turn; uploads, files and descriptors left over fail the test."""
-    made = DRIVERS[request.param](tmp_path / "store")
+    made = make(tmp_path / "store")
     yield made
     left = [found.key async for found in made.objects() if found.key.startswith("uploads/")]
     await made.close()
@@ -123,9 +139,8 @@ async def begun(store: Store, content: bytes = b"", name: str = "one", algorithm
 async def suspended(store: Store, content: bytes, name: str = "one", algorithm: str = "sha256") -> Checkpoint:
     """Begin an upload, write to it, and let go of it."""
     upload = await begun(store, content, name, algorithm)
-    checkpoint = upload.checkpoint()
     await upload.suspend()
-    return checkpoint
+    return upload.checkpoint()
 
 
 async def stored(store: Store, content: bytes, name: str = "one", algorithm: str = "sha256") -> str:
