@@ -54,7 +54,7 @@ def page(request: web.Request) -> tuple[int, str]:
     text = request.query.get("n", str(PAGE_LIMIT))
     if not (text.isascii() and text.isdecimal()):
         raise BadRequest(f"n must be a number of entries, got {text[:40]!r}")
-    return min(int(text.lstrip("0")[:9] or "0"), PAGE_LIMIT), request.query.get("last", "")
+    return min(int(text.lstrip("0")[:9] or "0"), PAGE_LIMIT), _last(request)
 
 
 def _link(call: Call, names: list[str], limit: int) -> dict[str, str]:
@@ -62,3 +62,8 @@ def _link(call: Call, names: list[str], limit: int) -> dict[str, str]:
     if len(names) <= limit or limit == 0:
         return {}
     return {"Link": locations.next_page(call.request, n=limit, last=names[limit - 1])}
+
+
+def _last(request: web.Request) -> str:
+    # No name holds a NUL, so names after one are those after what stands before it; PostgreSQL takes none.
+    return request.query.get("last", "").partition("\0")[0]

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from registry.contents import Contents
 from registry.errors import BlobUploadUnknown
 from registry.fresh import FreshSessions
-from registry.metadata import blobs, sessions
+from registry.metadata import blobs, leftovers, sessions
 from registry.metadata.blobs import StoredBlob
 from registry.metadata.engine import Database
 from registry.metadata.sessions import Session
@@ -103,8 +103,9 @@ class Sessions:
             await self._end(claim.session)
             raise BlobUploadUnknown(f"this upload cannot go on: {error}") from None
         except BlobUploadUnknown:
-            # Whoever ended it, or took it over, sees to its bytes.
+            # Somebody ended it, or took it over: then its bytes are not ours any more.
             await claim.upload.abandon()
+            await self._forget_if_over(claim.session.id)
             raise
         except BaseException:
             await self.let_go(claim)
@@ -179,6 +180,12 @@ class Sessions:
         with suppress(BlobUploadUnknown):
             await self._database.note(sessions.remove, session.id, session.repository)
             await self._store.forget(session.id)
+
+    async def _forget_if_over(self, session_id: str) -> None:
+        """Delete what we wrote to an upload after somebody had ended it."""
+        leftover = await self._database.read(leftovers.find, session_id)
+        if leftover is not None:
+            await self._store.forget(*leftover)
 
     async def _add(self, key: str, adding: Awaitable[bool]) -> None:
         """Wait for the row of published bytes; if it is not to be, they are dropped."""

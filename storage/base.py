@@ -48,7 +48,7 @@ class StoredObject:
 
     Attributes:
         key: where.
-        upload: the name of the upload that brought it.
+        upload: the name of the upload that may need it to go on; empty for what can only be a blob.
         size: in bytes.
         modified: in seconds since the epoch.
     """

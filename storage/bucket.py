@@ -16,6 +16,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Final, NoReturn, TypeVar
 
 import aiohttp
@@ -116,15 +117,18 @@ class Bucket:
             read_timeout=timeout_seconds,
             max_pool_connections=_CONNECTIONS,
         )
-        session = boto3.Session(
-            aws_access_key_id=access_key or None,
-            aws_secret_access_key=secret_key or None,
-            aws_session_token=session_token or None,
-            region_name=region,
-        )
 
         def client(address: str) -> Any:
-            return session.client("s3", endpoint_url=address or None, config=config, verify=ca_file or None)
+            return _session().client(
+                "s3",
+                endpoint_url=address or None,
+                config=config,
+                verify=ca_file or None,
+                region_name=region,
+                aws_access_key_id=access_key or None,
+                aws_secret_access_key=secret_key or None,
+                aws_session_token=session_token or None,
+            )
 
         self._client = client(endpoint)
         self._public = client(public_endpoint) if public_endpoint else self._client
@@ -319,6 +323,12 @@ class Bucket:
                 return method(Bucket=self._name, **parameters)
 
         return await self._threads.run(call)
+
+
+@cache
+def _session() -> boto3.Session:
+    """Return what keeps the description of the service, which takes long to read."""
+    return boto3.Session()
 
 
 async def _flow(pieces: Sequence[bytes | bytearray]) -> AsyncGenerator[bytes | bytearray, None]:

@@ -16,7 +16,6 @@ import contextlib
 import fcntl
 import os
 import re
-import stat
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Final
@@ -115,8 +114,9 @@ class FilesystemStore:
                     # The later of the two: a rename moves ctime only, and it is renamed files we must not take.
                     modified = max(status.st_mtime, status.st_ctime)
                     key = str(Path(entry.path).relative_to(self.root))
-                    if _KEY.fullmatch(key) and stat.S_ISREG(status.st_mode):
-                        found.append(StoredObject(key, _upload_of(key), status.st_size, modified))
+                    if _KEY.fullmatch(key):
+                        upload = entry.name if key.startswith("uploads/") else ""
+                        found.append(StoredObject(key, upload, status.st_size, modified))
         return found
 
     def _write_probe(self) -> None:
@@ -360,13 +360,6 @@ class _FileContent:
                     yield piece
         except FileNotFoundError:
             raise ContentMissing(f"no file {self.path}") from None
-
-
-def _upload_of(key: str) -> str:
-    """Return the name of the upload that brought what lies under `key`."""
-    name = key.rpartition("/")[2]
-    # Of a blob by digest it comes last, of one from an object store first.
-    return name if key.startswith("uploads/") else name.split(".")[key.count("/") - 2]
 
 
 def _restore(checkpoint: Checkpoint) -> Hasher | None:

@@ -39,7 +39,8 @@ class MemoryStore:
 
     async def objects(self) -> AsyncIterator[StoredObject]:
         for key, content in list(self._bytes.items()):
-            yield StoredObject(key, _upload_of(key), len(content), self._modified[key])
+            upload = key.removeprefix("uploads/") if key.startswith("uploads/") else ""
+            yield StoredObject(key, upload, len(content), self._modified[key])
 
     async def probe(self) -> None:
         if sum(map(len, self._bytes.values())) >= self.capacity:
@@ -92,8 +93,8 @@ class _MemoryUpload:
     async def commit(self, digest: Digest, last: Sequence[bytes | memoryview] = ()) -> str:
         await self.write(last)
         await self.verify(digest)
-        content = self._store._bytes.pop(self._start.key)
         await self.abandon()
+        content = self._store._bytes.pop(self._start.key)
         key = f"blobs/{digest.algorithm}/{digest.hex[:2]}/{digest.hex}.{self._start.key.removeprefix('uploads/')}"
         self._store._put(key, content)
         return key

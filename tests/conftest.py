@@ -99,17 +99,18 @@ def database_url(backend: str, tmp_path: Path, request: pytest.FixtureRequest) -
 
 
 @pytest.fixture
-def settings(tmp_path: Path, database_url: str) -> Settings:
+def settings(backend: str, tmp_path: Path, database_url: str, request: pytest.FixtureRequest) -> Settings:
     """The defaults, with the data of this test alone."""
-    return load(
-        None,
-        {},
-        {
-            "storage.filesystem.root": str(tmp_path / "data"),
-            "database.url": database_url,
-            "log.access": "false",
-        },
-    )
+    changes = {
+        "storage.filesystem.root": str(tmp_path / "data"),
+        "database.url": database_url,
+        "log.access": "false",
+    }
+    if backend == "remote":
+        bucket: Bucket = request.getfixturevalue("ceph_bucket")
+        changes["storage.driver"] = "s3"
+        changes |= {f"storage.s3.{key}": value for key, value in bucket.settings().items()}
+    return load(None, {}, changes)
 
 
 @dataclass(frozen=True)

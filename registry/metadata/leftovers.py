@@ -31,6 +31,12 @@ def add(connection: Connection, uploads: Sequence[str], kept: str | None = None)
         connection.execute(insert(leftover), [{"upload": upload, "kept": kept, "at": at} for upload in uploads])
 
 
+def find(connection: Connection, upload: str) -> Leftover | None:
+    """Return what an upload that is over left, None if it left nothing or is not over."""
+    row = connection.execute(select(leftover.c.upload, leftover.c.kept).where(leftover.c.upload == upload)).first()
+    return Leftover(*row) if row else None
+
+
 def due(connection: Connection, grace: int = GRACE, limit: int = 500) -> list[Leftover]:
     """Return those that ended more than `grace` microseconds ago, the oldest first."""
     query = (

@@ -7,6 +7,7 @@ from typing import Final
 import pytest
 
 from tests.services.postgres import needs_postgres
+from tests.services.s3 import needs_ceph
 
 #: Modules whose tests look into files, processes or memory of one host.
 LOCAL: Final = frozenset(
@@ -18,5 +19,5 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Run every other test on both."""
     is_local = metafunc.module.__name__.rpartition("test_")[2] in LOCAL
     if "backend" in metafunc.fixturenames and not is_local:
-        remote = pytest.param("remote", marks=needs_postgres)
+        remote = pytest.param("remote", marks=[needs_postgres, needs_ceph])
         metafunc.parametrize("backend", ["local", remote], indirect=True)

@@ -58,14 +58,29 @@ def test_file_environment_and_command_line_win_in_this_order(tmp_path: Path) -> 
     assert (settings.log.access, settings.uploads.concurrent) == (False, 9)
 
 
+#: Values of keys that do not take anything.
+ODD = {
+    "storage.driver": "filesystem",
+    "storage.s3.prefix": "hythe/",
+    "storage.s3.addressing": "path",
+    "storage.s3.part_bytes": str(8 << 20),
+    "storage.s3.buffer_bytes": str(64 << 20),
+    "storage.s3.timeout_seconds": "90",
+    "database.url": "sqlite:///x.db",
+    "database.connections": "90",
+    "uploads.stall_seconds": "90",
+    "uploads.buffer_bytes": str(1 << 20),
+    "log.level": "error",
+    "log.format": "json",
+}
+
+
 @pytest.mark.parametrize("key", sorted(leaves(msgspec.to_builtins(Settings()))))
 def test_every_key_can_be_set_from_the_environment(key: str) -> None:
-    odd = {"storage.driver": "filesystem", "database.url": "sqlite:///x.db", "log.level": "error", "log.format": "json"}
-    value = odd.get(key)
+    value = ODD.get(key)
     default = leaves(msgspec.to_builtins(Settings()))[key]
     if value is None:
         value = {bool: "false" if default else "true", int: "65536", str: "127.0.0.1:9"}[type(default)]
-    value = "90" if key == "uploads.stall_seconds" else "1048576" if key == "uploads.buffer_bytes" else value
     settings = load(None, {f"HYTHE_{key.upper().replace('.', '__')}": value})
     assert str(leaves(msgspec.to_builtins(settings))[key]).lower() == value
     assert key == "storage.driver" or settings != Settings()

@@ -1,9 +1,7 @@
 """Pushing and pulling manifests. [distribution-spec: end-3, 7a, 7b]"""
 
 import base64
-import contextlib
 import json
-import sqlite3
 from io import BytesIO
 from typing import Any
 
@@ -15,6 +13,7 @@ from storage.digest import HEX_LENGTH
 from storage.oci import DOCKER_LIST, DOCKER_MANIFEST, OCI_CONFIG, OCI_EMPTY, OCI_INDEX, OCI_MANIFEST
 from tests.conftest import Start
 from tests.content import LAYER, Client, Image, Pusher, descriptor, digest_of, make_image, make_index
+from tests.facts import query
 from tests.registry.talk import Answer, ask, in_pieces
 from tests.services.processes import HytheServer
 
@@ -262,9 +261,8 @@ async def test_bytes_first_pushed_under_an_unknown_type_hold_their_blobs_once_th
     assert (await put(client, content, media_type="application/vnd.acme+json")).status == 201
     assert (await put(client, content)).status == 201
     # What no manifest refers to, the collector may take.
-    with contextlib.closing(sqlite3.connect(settings.database.url.removeprefix("sqlite:///"))) as database:
-        rows = database.execute("SELECT digest FROM manifest_reference WHERE blob_id IS NOT NULL ORDER BY position")
-        held = [digest for (digest,) in rows]
+    references = "SELECT digest FROM manifest_reference WHERE blob_id IS NOT NULL ORDER BY position"
+    held = [digest for (digest,) in query(settings.database.url, references)]
     assert held == [entry["digest"] for entry in [document["config"], *document["layers"]]]
 
 

@@ -84,8 +84,11 @@ def make(path: Path, revision: str) -> None:
         prepare(connection)
     config = Config()
     config.set_main_option("script_location", str(SCRIPTS))
-    config.attributes["path"] = path
-    command.upgrade(config, revision)
+    engine = create_engine(url(path))
+    with engine.begin() as connection_:
+        config.attributes["connection"] = connection_
+        command.upgrade(config, revision)
+    engine.dispose()
 
 
 @contextmanager

@@ -161,7 +161,7 @@ async def dropped(store: Store, upload: Upload, name: str = "one") -> None:
 
 
 async def uploads(store: Store) -> set[str]:
-    """Return the names of the uploads that brought what lies in the store."""
+    """Return the names of the uploads that may need what lies in the store."""
     return {found.upload async for found in store.objects()}
 
 
