@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, Final, ParamSpec, TypeVar
 
 import click
 
@@ -31,6 +31,7 @@ _server_option = click.option(
     envvar="HYTHE_SERVER",
     help="Address of the registry.",
 )
+_DRIVERS: Final = click.Choice(["filesystem", "s3"])
 _json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
@@ -149,6 +150,49 @@ def rm(reference: str, server: str, *, as_json: bool) -> None:
     from hythe.browse import remove_manifest
 
     _print(remove_manifest(server, reference), as_json)
+
+
+@main.command()
+@_config_option
+@_json_option
+@_says_why
+def migrate(config_path: Path | None, *, as_json: bool) -> None:
+    """Bring the database up to date, as `serve` does when it starts; for when that is to happen before."""
+    from hythe.move import migrate as run
+    from registry.config import load
+
+    _print(run(load(config_path, os.environ)), as_json)
+
+
+@main.command("copy-store")
+@_config_option
+@click.option("--from", "source", type=_DRIVERS, required=True, help="Where the blobs are.")
+@click.option("--to", "target", type=_DRIVERS, required=True, help="Where they shall be too.")
+@_json_option
+@_says_why
+def copy_store(config_path: Path | None, source: str, target: str, *, as_json: bool) -> None:
+    """Copy all blobs from one store to another, while the registry serves; run again, it goes on.
+
+    Both are as the configuration describes them, whichever of them storage.driver names.
+    """
+    from hythe.move import copy_blobs
+    from registry.config import load
+
+    _print(copy_blobs(load(config_path, os.environ), source, target), as_json)
+
+
+@main.command("copy-database")
+@_config_option
+@click.option("--from", "source", metavar="URL", required=True, help="The database of a registry that is stopped.")
+@click.option("--to", "target", metavar="URL", help="A new one.  [default: database.url of the configuration]")
+@_json_option
+@_says_why
+def copy_database(config_path: Path | None, source: str, target: str | None, *, as_json: bool) -> None:
+    """Copy all that one database knows into another one, such as from SQLite to PostgreSQL."""
+    from hythe.move import copy_facts
+    from registry.config import load
+
+    _print(copy_facts(source, target or load(config_path, os.environ).database.url), as_json)
 
 
 def _print(result: Any, as_json: bool) -> None:

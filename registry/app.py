@@ -64,9 +64,12 @@ class Process:
     affinity: Affinity = field(default_factory=lambda: Affinity(enabled=False))
 
 
-def open_store(settings: Settings, affinity: Affinity) -> Store:
-    """Return the store that the settings name; its threads for small jobs keep to the processor of `affinity`."""
-    if settings.storage.driver == "s3":
+def open_store(settings: Settings, affinity: Affinity, driver: str = "") -> Store:
+    """Return the store that the settings name; its threads for small jobs keep to the processor of `affinity`.
+
+    With `driver`, the store that they would name if it were theirs.
+    """
+    if (driver or settings.storage.driver) == "s3":
         # Imported only where it is used: its library takes half a second and 40 MB.
         from storage.s3 import S3Store
 
@@ -97,7 +100,7 @@ def build(settings: Settings, *, process: Process | None = None, store: Store | 
     access = OpenAccess()
     receiver = Receiver(settings.uploads.concurrent, settings.uploads.buffer_bytes, settings.uploads.stall_seconds)
     sender = Sender(settings.uploads.stall_seconds, begin=process.affinity.join)
-    metrics = Metrics(process.shared)
+    metrics = Metrics(process.shared, store.requests)
     access_log = AccessLog(as_json=is_json(settings.log)) if settings.log.access else None
     sweeper = Sweeper(store, database, settings.uploads.idle_seconds, settings.uploads.sweep_seconds)
 

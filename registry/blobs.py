@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 
 from aiohttp import hdrs, web
 from multidict import CIMultiDict
@@ -32,12 +32,15 @@ class Blobs:
         """GET: the bytes, whole or in ranges."""
         digest = call.digest()
         stored = await self._contents.blob(call.repository, digest)
-        call.request[REPEATABLE] = True
         headers = _headers(digest)
         if is_known(call.request, headers[hdrs.ETAG]):
             return web.Response(status=304, headers=headers)
         ranges = _ranges(call.request, stored.size, headers[hdrs.ETAG])
         content = self._store.open(stored.key)
+        # An object store sends one range, not several; and of nothing there is nothing to fetch.
+        if stored.size and (ranges is None or len(ranges) == 1) and (address := await content.address()):
+            return _elsewhere(address, digest)
+        call.request[REPEATABLE] = True
         if ranges is None:
             return await self._sender.send(call.request, content, 0, stored.size, 200, headers)
         if len(ranges) > 1:
@@ -77,6 +80,11 @@ def _headers(digest: Digest) -> _Headers:
     )
 
 
+def _elsewhere(address: str, digest: Digest) -> web.Response:
+    headers = {hdrs.LOCATION: address, "Docker-Content-Digest": str(digest), hdrs.CACHE_CONTROL: "no-store"}
+    return web.Response(status=307, headers=headers)
+
+
 def _ranges(request: web.Request, size: int, etag: str) -> list[tuple[int, int]] | None:
     header = request.headers.get(hdrs.RANGE)
     condition = request.headers.get(hdrs.IF_RANGE)
@@ -104,7 +112,7 @@ class _Multipart(Content):
     async def address(self) -> str | None:
         return None
 
-    async def read(self, start: int, stop: int) -> AsyncIterator[bytes]:
+    async def read(self, start: int, stop: int) -> AsyncGenerator[bytes, None]:
         assert (start, stop) == (0, self.size), "a body of ranges is sent whole"
         for head, first, last in self._parts:
             yield head

@@ -225,7 +225,7 @@ def _check(settings: Settings) -> None:
     """Refuse what cannot work, and what would be open by accident."""
     parse_url(settings.database.url)
     if settings.storage.driver == "s3":
-        _check_s3(settings.storage.s3)
+        check_s3(settings.storage.s3)
     host, _ = parse_listen(settings.server.listen)
     if is_loopback(host):
         return
@@ -241,7 +241,8 @@ def _check(settings: Settings) -> None:
         )
 
 
-def _check_s3(settings: S3Settings) -> None:
+def check_s3(settings: S3Settings) -> None:
+    """Refuse settings by which no bucket can be used; raises `ConfigurationError`."""
     if not settings.bucket:
         raise ConfigurationError('storage.s3.bucket: storage.driver = "s3" needs the name of a bucket')
     if bool(settings.access_key) != bool(settings.secret_key):

@@ -207,6 +207,9 @@ class Unavailable(RegistryError):
 
     status, code, message = 503, "UNKNOWN", "the registry cannot do this right now: try again"
 
+    def __init__(self, message: str = "", *, detail: Any = None, headers: Mapping[str, str] | None = None) -> None:
+        super().__init__(message, detail=detail, headers={"Retry-After": "5", **(headers or {})})
+
 
 class InternalError(RegistryError):
     """A bug. What it was is in the log, under the request id of the answer."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Final
 
@@ -31,13 +31,20 @@ class _Counts(msgspec.Struct):
     latencies: dict[str, _Latency] = {}
     bytes_in: int = 0
     bytes_out: int = 0
+    store_requests: dict[str, int] = {}
 
 
 class Metrics:
     """What this process counted, and what the others did."""
 
-    def __init__(self, shared: Path | None = None) -> None:
-        """Count; with `shared`, a directory where the processes of one server leave their numbers."""
+    def __init__(self, shared: Path | None = None, store_requests: Mapping[str, int] | None = None) -> None:
+        """Count.
+
+        Args:
+            shared: a directory where the processes of one server leave their numbers, if there are several.
+            store_requests: what the store counts by itself.
+        """
+        self._store_requests = {} if store_requests is None else store_requests
         self._requests: defaultdict[tuple[str, str, int], int] = defaultdict(int)
         self._latencies: defaultdict[str, _Latency] = defaultdict(_Latency)
         self._bytes_in = 0
@@ -73,6 +80,7 @@ class Metrics:
             latencies=dict(self._latencies),
             bytes_in=self._bytes_in,
             bytes_out=self._bytes_out,
+            store_requests=dict(self._store_requests),
         )
 
     def _all(self) -> list[_Counts]:
@@ -88,6 +96,7 @@ class _Snapshot:
     def __init__(self, counts: Iterable[_Counts], upload_sessions: int) -> None:
         self._requests: defaultdict[str, int] = defaultdict(int)
         self._latencies: defaultdict[str, _Latency] = defaultdict(_Latency)
+        self._store_requests: defaultdict[str, int] = defaultdict(int)
         self._bytes_in = self._bytes_out = 0
         self._upload_sessions = upload_sessions
         for one in counts:
@@ -98,6 +107,8 @@ class _Snapshot:
         self._bytes_out += one.bytes_out
         for key, number in one.requests.items():
             self._requests[key] += number
+        for kind, number in one.store_requests.items():
+            self._store_requests[kind] += number
         for route, latency in one.latencies.items():
             known = self._latencies[route]
             known.buckets = [a + b for a, b in zip(known.buckets, latency.buckets, strict=True)]
@@ -112,6 +123,10 @@ class _Snapshot:
         for route, values in sorted(self._latencies.items()):
             latency.add_metric((route,), _cumulative(values.buckets), values.total)
         yield latency
+        store = CounterMetricFamily("hythe_store_requests", "Requests made to the object store.", labels=("kind",))
+        for kind, number in sorted(self._store_requests.items()):
+            store.add_metric((kind,), number)
+        yield store
         yield CounterMetricFamily("hythe_received_bytes", "Bytes of bodies received.", self._bytes_in)
         yield CounterMetricFamily("hythe_sent_bytes", "Bytes of bodies sent.", self._bytes_out)
         yield GaugeMetricFamily("hythe_upload_sessions", "Uploads begun and not ended.", self._upload_sessions)

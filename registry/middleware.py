@@ -50,6 +50,7 @@ _MEANING: Final[dict[type[Exception], type[RegistryError]]] = {
     storage_errors.UploadLost: BlobUploadUnknown,
     storage_errors.ContentMissing: BlobUnknown,
     storage_errors.OutOfSpace: OutOfRoom,
+    storage_errors.StoreUnavailable: Unavailable,
     MetadataFull: OutOfRoom,
     MetadataUnavailable: Unavailable,
 }

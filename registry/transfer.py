@@ -237,9 +237,13 @@ class Sender:
         self, request: web.Request, content: Content, start: int, stop: int, response: web.StreamResponse
     ) -> web.StreamResponse:
         response.content_length = stop - start
-        await response.prepare(request)
-        async for piece in content.read(start, stop):
+        async with aclosing(content.read(start, stop)) as pieces:
+            # The first piece before the head: what cannot be read can still be said.
+            piece = await anext(pieces, b"")
+            await response.prepare(request)
             await response.write(piece)
+            async for piece in pieces:
+                await response.write(piece)
         await response.write_eof()
         return response
 

@@ -18,7 +18,8 @@ nothing that another has published.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections import Counter
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -122,7 +123,7 @@ class Content(Protocol):
     async def address(self) -> str | None:
         """Return a URL under which anybody may fetch them for a while, where clients are to be sent there."""
 
-    def read(self, start: int, stop: int) -> AsyncIterator[bytes]:
+    def read(self, start: int, stop: int) -> AsyncGenerator[bytes, None]:
         """Yield the bytes from `start` up to but not including `stop`, in large pieces.
 
         Raises:
@@ -131,7 +132,13 @@ class Content(Protocol):
 
 
 class Store(Protocol):
-    """Where bytes are kept."""
+    """Where bytes are kept.
+
+    Attributes:
+        requests: made to a server so far, by their kind; none where there is no server.
+    """
+
+    requests: Counter[str]
 
     def begin(self, name: str, algorithm: str) -> Checkpoint:
         """Return the start of an upload called `name` (unique for ever). Touches nothing yet."""
@@ -141,6 +148,16 @@ class Store(Protocol):
 
     def open(self, key: str) -> Content:
         """Return the content under `key`. Looks only when it is read."""
+
+    async def size(self, key: str) -> int | None:
+        """Return how many bytes lie under `key`, None for nothing."""
+
+    async def bring(self, key: str, digest: Digest, pieces: AsyncIterator[bytes]) -> None:
+        """Put bytes under a key that they have in another store; durable when this returns.
+
+        Raises:
+            DigestMismatch: they are not the bytes of `digest`; nothing lies under `key`.
+        """
 
     async def delete(self, key: str) -> None:
         """Delete what lies under `key`; nothing there is fine."""

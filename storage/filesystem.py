@@ -16,7 +16,9 @@ import contextlib
 import fcntl
 import os
 import re
-from collections.abc import AsyncIterator, Callable, Sequence
+import secrets
+from collections import Counter
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -56,7 +58,8 @@ class FilesystemStore:
         self._sync = sync
         self._threads = Threads(threads, "disk")
         self._small = Threads(threads, "disk-small", begin)
-        self._algorithms: set[str] = set()
+        self._directories: set[str] = set()
+        self.requests: Counter[str] = Counter()
         (self.root / "uploads").mkdir(mode=0o750, parents=True, exist_ok=True)
         (self.root / "blobs").mkdir(mode=0o750, exist_ok=True)
 
@@ -68,6 +71,21 @@ class FilesystemStore:
 
     def open(self, key: str) -> _FileContent:
         return _FileContent(self._path(key))
+
+    async def size(self, key: str) -> int | None:
+        with disk_errors(), contextlib.suppress(FileNotFoundError):
+            return (await aiofiles.os.stat(self._path(key))).st_size
+        return None
+
+    async def bring(self, key: str, digest: Digest, pieces: AsyncIterator[bytes]) -> None:
+        target, temporary = self._path(key), f"{self.root}/uploads/brought-{secrets.token_hex(8)}"
+        try:
+            with disk_errors():
+                await self._write_brought(temporary, digest, pieces)
+                await self._threads.run(self._put_in_place, temporary, target)
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                await aiofiles.os.unlink(temporary)
 
     async def delete(self, key: str) -> None:
         with disk_errors(), contextlib.suppress(FileNotFoundError):
@@ -133,12 +151,31 @@ class FilesystemStore:
             file.write(f"{name}\n")
         return path.read_text(encoding="ascii").strip() or name
 
+    async def _write_brought(self, path: str, digest: Digest, pieces: AsyncIterator[bytes]) -> None:
+        hashing = hasher(digest.algorithm)
+        async with aiofiles.open(path, "xb", buffering=0) as file:
+            async for piece in pieces:
+                await file.write(piece)
+                await self._threads.run(hashing.update, piece)
+            if self._sync:
+                await self._threads.run(os.fdatasync, file.fileno())
+        if (actual := hashing.digest()) != digest:
+            raise DigestMismatch(digest, actual)
+
+    def _put_in_place(self, source: str, target: str) -> None:
+        directory = Path(target).parent
+        directory.mkdir(mode=0o750, parents=True, exist_ok=True)
+        os.rename(source, target)
+        if self._sync:
+            for each in (directory, directory.parent, directory.parent.parent):
+                sync_directory(each)
+
     def _publish(self, source: str, key: str) -> None:
         """Give synced data its name, and sync the name before anyone hears of it."""
         target = self._path(key)
         directory = os.path.dirname(target)
         algorithm = os.path.dirname(directory)
-        if algorithm not in self._algorithms:
+        if algorithm not in self._directories:
             self._make_directories(Path(algorithm))
         os.rename(source, target)
         if self._sync:
@@ -153,7 +190,7 @@ class FilesystemStore:
         if self._sync:
             sync_directory(algorithm)
             sync_directory(algorithm.parent)
-        self._algorithms.add(str(algorithm))
+        self._directories.add(str(algorithm))
 
 
 class _FileUpload:
@@ -348,7 +385,7 @@ class _FileContent:
     async def address(self) -> None:
         """There is none: we send files ourselves."""
 
-    async def read(self, start: int, stop: int) -> AsyncIterator[bytes]:
+    async def read(self, start: int, stop: int) -> AsyncGenerator[bytes, None]:
         try:
             async with aiofiles.open(self.path, "rb", buffering=0) as file:
                 await file.seek(start)

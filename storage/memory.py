@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections import Counter
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 
 from storage.base import Checkpoint, StoredObject
 from storage.digest import Digest
@@ -16,6 +17,7 @@ class MemoryStore:
     def __init__(self, capacity: int = 1 << 30) -> None:
         """Hold at most `capacity` bytes; set it lower to see a full disk."""
         self.capacity = capacity
+        self.requests: Counter[str] = Counter()
         self._bytes: dict[str, bytes] = {}
         self._modified: dict[str, float] = {}
         self._held: set[str] = set()
@@ -29,6 +31,16 @@ class MemoryStore:
 
     def open(self, key: str) -> _MemoryContent:
         return _MemoryContent(self._bytes, key)
+
+    async def size(self, key: str) -> int | None:
+        content = self._bytes.get(key)
+        return None if content is None else len(content)
+
+    async def bring(self, key: str, digest: Digest, pieces: AsyncIterator[bytes]) -> None:
+        content = b"".join([piece async for piece in pieces])
+        if (actual := Digest.of(content, digest.algorithm)) != digest:
+            raise DigestMismatch(digest, actual)
+        self._put(key, content)
 
     async def delete(self, key: str) -> None:
         self._bytes.pop(key, None)
@@ -135,7 +147,7 @@ class _MemoryContent:
     async def address(self) -> None:
         """There is none."""
 
-    async def read(self, start: int, stop: int) -> AsyncIterator[bytes]:
+    async def read(self, start: int, stop: int) -> AsyncGenerator[bytes, None]:
         content = self._stored.get(self._key)
         if content is None or len(content) < stop:
             raise ContentMissing(f"nothing of {stop} bytes under {self._key}")

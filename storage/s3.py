@@ -186,6 +186,7 @@ class S3Store:
             ca_file=ca_file,
             timeout_seconds=timeout_seconds,
         )
+        self.requests = self.bucket.requests
         self._redirect = redirect
         self._part_size = part_bytes
         self._memory = Memory(buffer_bytes)
@@ -201,6 +202,21 @@ class S3Store:
 
     def open(self, key: str) -> _S3Content:
         return _S3Content(self.bucket, key, redirect=self._redirect)
+
+    async def size(self, key: str) -> int | None:
+        with contextlib.suppress(ContentMissing):
+            return await self.bucket.size(key)
+        return None
+
+    async def bring(self, key: str, digest: Digest, pieces: AsyncIterator[bytes]) -> None:
+        brought = _Brought(self, key, hasher(digest.algorithm))
+        try:
+            async for piece in pieces:
+                await brought.add(piece)
+            await brought.end(digest)
+        except BaseException:
+            await brought.drop()
+            raise
 
     async def delete(self, key: str) -> None:
         if key.startswith("uploads/"):
@@ -576,6 +592,49 @@ class _S3Upload:
         await self._hash_stored(again, key, self._offset)
         if again.digest() != digest:
             raise UploadLost("another request has made something else of this upload")
+
+
+class _Brought:
+    """Bytes that get a key which they have elsewhere: one request for what fits a part, else one part after another."""
+
+    def __init__(self, store: S3Store, key: str, hashing: Hasher) -> None:
+        self._store = store
+        self._bucket = store.bucket
+        self._key = key
+        self._hasher = hashing
+        self._held: list[bytes] = []
+        self._size = 0
+        self._upload_id = ""
+        self._tags: list[str] = []
+
+    async def add(self, piece: bytes) -> None:
+        await self._store._threads.run(self._hasher.update, piece)
+        self._held.append(piece)
+        self._size += len(piece)
+        if self._size >= self._store.part_size(len(self._tags)):
+            await self._send()
+
+    async def end(self, digest: Digest) -> None:
+        if (actual := self._hasher.digest()) != digest:
+            raise DigestMismatch(digest, actual)
+        if not self._upload_id:
+            await self._bucket.put(self._key, self._held)
+            return
+        if self._held:
+            await self._send()
+        await self._bucket.complete(self._key, self._upload_id, self._tags)
+
+    async def drop(self) -> None:
+        if self._upload_id:
+            # It may have been completed; then the next run finds it.
+            with contextlib.suppress(StorageError):
+                await self._bucket.abort(self._key, self._upload_id)
+
+    async def _send(self) -> None:
+        self._upload_id = self._upload_id or await self._bucket.create(self._key)
+        number = len(self._tags) + 1
+        self._tags.append(await self._bucket.put_part(self._key, self._upload_id, number, self._held))
+        self._held, self._size = [], 0
 
 
 class _S3Content:

@@ -37,13 +37,15 @@ SEAMS: dict[str, tuple[list[str], str]] = {
             *("registry/answers.py", "registry/record.py"),
             # What aiohttp itself reports of broken clients is told from what it reports of us.
             "registry/logs.py",
+            # The bytes of an object store; its control is boto3's.
+            "storage/bucket.py",
         ],
         "what speaks HTTP; stores, facts, settings and errors know none",
     ),
     "sqlalchemy": (["registry/metadata/", "migrations/"], "the facts; all else asks for units of work"),
     "alembic": (["registry/metadata/schema.py", "migrations/"], "imported only where there is something to upgrade"),
     "sqlite3": (
-        ["registry/metadata/", "registry/cache.py", "migrations/env.py"],
+        ["registry/metadata/"],
         "the database, and the watch on its version",
     ),
     "ctypes": (
@@ -51,12 +53,13 @@ SEAMS: dict[str, tuple[list[str], str]] = {
         "a hash that can be saved, and a hint to the kernel; runner seams come later",
     ),
     "hashlib": (["storage/digest.py"], "digests are made in one place"),
-    "click": (["hythe/cli.py"], "the command line"),
+    "click": (["hythe/cli.py", "hythe/move.py"], "the command line"),
     "uvloop": (["registry/server.py"], "optional: chosen where the loop is made"),
     "prometheus_client": (["registry/metrics.py", "registry/health.py"], "numbers"),
     "aiofiles": (["storage/filesystem.py"], "files"),
-    "boto3": ([], "nowhere yet; it will be the S3 driver's"),
-    "botocore": ([], "nowhere yet; it will be the S3 driver's"),
+    "boto3": (["storage/bucket.py"], "the bucket of an object store"),
+    "botocore": (["storage/bucket.py"], "the bucket of an object store"),
+    "psycopg": (["registry/metadata/postgres.py"], "PostgreSQL"),
     "requests": ([], "tests only"),
     "pytest": ([], "tests only"),
 }

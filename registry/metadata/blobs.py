@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
-from sqlalchemy import Connection, and_, bindparam, delete, insert, select, update
+from sqlalchemy import Connection, and_, bindparam, delete, func, insert, select, update
 
 from registry.errors import BlobUnknown, BlobUploadUnknown
 from registry.metadata import leftovers, repositories
@@ -19,6 +19,15 @@ from storage.names import RepositoryName
 class StoredBlob:
     """Where the bytes of a blob lie, and how many."""
 
+    key: str
+    size: int
+
+
+class Placed(NamedTuple):
+    """A blob, and where its bytes are."""
+
+    id: int
+    digest: Digest
     key: str
     size: int
 
@@ -184,6 +193,18 @@ def remove(connection: Connection, name: RepositoryName, digest: Digest) -> None
     if row is None:
         raise BlobUnknown
     connection.execute(delete(repository_blob).filter_by(**row._mapping))
+
+
+def placed(connection: Connection, last: int, limit: int) -> list[Placed]:
+    """Return up to `limit` blobs with ids above `last`, in their order."""
+    query = select(blob.c.id, blob.c.digest, blob.c.key, blob.c.size).where(blob.c.id > last)
+    rows = connection.execute(query.order_by(blob.c.id).limit(limit))
+    return [Placed(row.id, Digest.parse(row.digest), row.key, row.size) for row in rows]
+
+
+def total_size(connection: Connection) -> int:
+    """Return the bytes of all blobs."""
+    return int(connection.scalar(select(func.sum(blob.c.size))) or 0)
 
 
 def known_keys(connection: Connection, keys: list[str]) -> set[str]:

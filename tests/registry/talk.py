@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
@@ -12,6 +13,11 @@ from typing import Any
 
 from multidict import CIMultiDict
 
+from registry.affinity import Affinity
+from registry.app import open_store
+from registry.config import Settings
+from storage.base import Store, StoredObject
+from storage.errors import ContentMissing
 from tests.content import Client
 
 _PATIENCE = 20.0
@@ -60,6 +66,24 @@ async def in_pieces(content: bytes, size: int = 1000) -> AsyncIterator[bytes]:
     """Yield `content` such that aiohttp sends it chunked, with no Content-Length."""
     for start in range(0, len(content), size):
         yield content[start : start + size]
+
+
+async def stored(settings: Settings) -> list[bytes]:
+    """Return all that lies in the store of a registry, seen from outside."""
+    store = open_store(settings, Affinity(enabled=False))
+    try:
+        contents = []
+        async for found in store.objects():
+            # It may go while we look.
+            with contextlib.suppress(ContentMissing):
+                contents.append(await _content(store, found))
+        return contents
+    finally:
+        await store.close()
+
+
+async def _content(store: Store, found: StoredObject) -> bytes:
+    return b"".join([piece async for piece in store.open(found.key).read(0, found.size)])
 
 
 def files_below(directory: Path) -> list[Path]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -246,7 +246,7 @@ class _SlowContent(_MemoryContent):
         super().__init__(store._bytes, key)
         self._store = store
 
-    async def read(self, start: int, stop: int) -> AsyncIterator[bytes]:
+    async def read(self, start: int, stop: int) -> AsyncGenerator[bytes, None]:
         await self._store.may_go_on.wait()
         async for piece in super().read(start, stop):
             yield piece

@@ -4,14 +4,13 @@ import asyncio
 import secrets
 from collections.abc import Awaitable, Callable
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
 
 from registry.config import Settings
 from storage.digest import HEX_LENGTH
 from tests.content import Client, Pusher, digest_of, make_image
-from tests.registry.talk import Answer, ask, begin, files_below, in_pieces
+from tests.registry.talk import Answer, ask, begin, in_pieces, stored
 
 ALGORITHMS = sorted(HEX_LENGTH)
 CONTENT = secrets.token_bytes(3000)
@@ -138,9 +137,7 @@ async def test_a_layer_pushed_by_many_at_once_is_stored_once(client: Client, set
     for number in range(10):
         pulled = await ask(client, "GET", f"/v2/org/app{number}/blobs/{digest}")
         assert pulled.body == content
-    root = Path(settings.storage.filesystem.root)
-    assert [path.read_bytes() for path in files_below(root / "blobs")] == [content]
-    assert not files_below(root / "uploads")
+    assert await stored(settings) == [content]
 
 
 async def test_pushing_what_is_there_already_is_no_error_and_keeps_no_second_copy(
@@ -148,7 +145,7 @@ async def test_pushing_what_is_there_already_is_no_error_and_keeps_no_second_cop
 ) -> None:
     for _ in range(3):
         await Pusher(client).blob(CONTENT)
-    assert len(files_below(Path(settings.storage.filesystem.root) / "blobs")) == 1
+    assert await stored(settings) == [CONTENT]
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)

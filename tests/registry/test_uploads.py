@@ -14,7 +14,7 @@ from storage.digest import HEX_LENGTH
 from tests.conftest import Start
 from tests.content import Client, digest_of
 from tests.facts import query
-from tests.registry.talk import Answer, Wire, ask, begin, files_below, in_pieces, wire
+from tests.registry.talk import Answer, Wire, ask, begin, files_below, in_pieces, stored, wire
 from tests.storage.conftest import open_files
 
 CONTENT = secrets.token_bytes(3000)
@@ -114,11 +114,10 @@ async def test_a_session_that_is_not_open_is_unknown(client: Client, method: str
 async def test_a_cancelled_upload_leaves_no_bytes(client: Client, settings: Settings) -> None:
     location = await begin(client)
     await patch(client, location, 0, 1000)
-    root = Path(settings.storage.filesystem.root)
-    assert files_below(root / "uploads")
+    assert await stored(settings)
     answer = await ask(client, "DELETE", location)
     assert (answer.status, answer.body) == (204, b"")
-    assert not files_below(root / "uploads")
+    assert not await stored(settings)
 
 
 OUT_OF_ORDER = {"a gap": (1500, 2000), "an overlap": (500, 1500), "the start again": (0, 1000), "far off": (10**18, 0)}
@@ -212,7 +211,7 @@ async def test_closing_without_a_good_digest_is_refused_and_the_session_goes_on(
 async def test_an_upload_for_a_bad_digest_is_not_begun(client: Client, settings: Settings, query: str) -> None:
     answer = await ask(client, "POST", f"{UPLOADS}?{query}", data=CONTENT)
     assert (answer.status, answer.codes) == (400, ["DIGEST_INVALID"])
-    assert not files_below(Path(settings.storage.filesystem.root) / "uploads")
+    assert not await stored(settings)
 
 
 @pytest.mark.parametrize("algorithm", sorted(HEX_LENGTH))
@@ -240,8 +239,7 @@ async def test_a_single_post_of_another_digest_is_refused_and_nothing_is_kept(
 async def check_nothing_is_kept(client: Client, settings: Settings, *digests: str) -> None:
     for digest in digests:
         assert (await ask(client, "HEAD", f"/v2/org/team/app/blobs/{digest}")).status == 404
-    root = Path(settings.storage.filesystem.root)
-    assert not files_below(root / "blobs") + files_below(root / "uploads")
+    assert not await stored(settings)
 
 
 def chunked(content: bytes) -> bytes:
@@ -385,6 +383,8 @@ async def test_a_client_that_stops_sending_is_let_go_and_its_bytes_are_kept(star
 async def test_an_upload_whose_bytes_were_lost_is_over_and_leaves_nothing(
     client: Client, settings: Settings, query: str
 ) -> None:
+    if settings.storage.driver == "s3":
+        pytest.skip("an object is there or not: tests/storage/test_s3.py takes it away")
     uploads = Path(settings.storage.filesystem.root) / "uploads"
     content = secrets.token_bytes(50_000)
     location = await begin(client, query=query.replace("&", "?"))
@@ -405,7 +405,7 @@ async def test_a_single_post_that_fails_leaves_no_session(client: Client, settin
         await asyncio.sleep(0.3)
     for _ in range(500):
         rows = query(settings.database.url, "SELECT id FROM upload_session")
-        if not rows and not files_below(Path(settings.storage.filesystem.root) / "uploads"):
+        if not rows and not await stored(settings):
             return
         await asyncio.sleep(0.01)
     raise AssertionError("it is there still")
