@@ -11,7 +11,10 @@ from tests.services.s3 import needs_ceph
 
 #: Modules whose tests look into files, processes or memory of one host.
 LOCAL: Final = frozenset(
-    ["affinity", "answers", "app", "cache", "chunks", "config", "fresh", "full_disk", "schema", "server", "sqlite"]
+    [
+        *("affinity", "answers", "app", "cache", "chunks", "config", "fresh", "full_disk", "postgres", "schema"),
+        *("server", "sqlite"),
+    ]
 )
 
 
