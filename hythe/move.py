@@ -47,7 +47,7 @@ class Progress:
 def migrate(settings: Settings) -> Result:
     """Bring the database up to date."""
     copy = upgrade(settings.database.url)
-    text = "the database is up to date\n" + (f"what it was before is in {copy}\n" if copy else "")
+    text = "the database is up to date" + (f"; what it was before is in {copy}" if copy else "")
     return Result({"copy": copy}, text)
 
 
@@ -66,7 +66,7 @@ def copy_blobs(settings: Settings, source: str, target: str) -> Result:
         raise ConfigurationError(f"{len(copied.bad)} blobs of {copied.blobs} could not be copied:{listed}")
     text = (
         f"{copied.blobs} blobs ({human_size(copied.size)}) are in the {target} store, "
-        f"{copied.new} of them ({human_size(copied.new_size)}) since now\n"
+        f"{copied.new} of them ({human_size(copied.new_size)}) since now"
     )
     return Result({key: getattr(copied, key) for key in ("blobs", "size", "new", "new_size")}, text)
 
@@ -103,7 +103,7 @@ def copy_facts(source: str, target: str) -> Result:
             upgrade(url)
         rows = copy_database(source, target, lambda table, done, total: progress.say(f"{table}: {done} of {total}"))
     progress.end()
-    return Result(rows, f"{sum(rows.values())} rows of {len(rows)} tables were copied\n")
+    return Result(rows, f"{sum(rows.values())} rows of {len(rows)} tables were copied")
 
 
 def _first(group: BaseExceptionGroup[Any]) -> BaseException:

@@ -20,7 +20,10 @@ from storage.oci import OCI_CONFIG, OCI_INDEX
 from tests.content import LAYER, Image, descriptor, digest_of, make_image
 from tests.services.processes import HytheServer, free_port, hythe_server
 
-COMMANDS = [[], ["serve"], ["config"], ["config", "check"], ["ls"], ["tags"], ["inspect"], ["rm"]]
+COMMANDS = [
+    *([], ["serve"], ["config"], ["config", "check"], ["ls"], ["tags"], ["inspect"], ["rm"]),
+    *(["migrate"], ["copy-store"], ["copy-database"]),
+]
 
 
 def hythe(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:

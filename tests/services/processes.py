@@ -132,12 +132,16 @@ class HytheServer(Program):
 def hythe_server(
     directory: Path, *arguments: str, environment: Mapping[str, str] | None = None, start: bool = True
 ) -> Iterator[HytheServer]:
-    """Run `hythe serve` with its data in `directory`, and more arguments, while the block lasts."""
+    """Run `hythe serve` with its data in `directory` and more arguments, while the block lasts.
+
+    `environment` may name another database, or another store.
+    """
     port = free_port()
     data = directory / "data"
-    command = [sys.executable, "-m", "hythe", "serve"]
-    command += ["--data", str(data), "--listen", f"127.0.0.1:{port}", *arguments]
-    server = HytheServer(command, directory / "hythe.log", environment or {}, data=data, port=port)
+    environment = {"HYTHE_STORAGE__FILESYSTEM__ROOT": str(data), **(environment or {})}
+    environment.setdefault("HYTHE_DATABASE__URL", f"sqlite:///{data / 'hythe.db'}")
+    command = [sys.executable, "-m", "hythe", "serve", "--listen", f"127.0.0.1:{port}", *arguments]
+    server = HytheServer(command, directory / "hythe.log", environment, data=data, port=port)
     try:
         if start:
             server.start()
