@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 from urllib.parse import urlsplit
 
 from hythe.client import ServerError, ask, pages, printable
+
+#: The beginning of a digest, long enough to be meant as one.
+_ABBREVIATED: Final = re.compile(r"sha256:[0-9a-f]{6,63}|sha512:[0-9a-f]{6,127}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +25,9 @@ class Result:
 def list_repositories(server: str, path: str, *, recursive: bool) -> Result:
     """List the tree below `path`."""
     nodes = list(_walk(server, path.strip("/"), recursive=recursive))
+    if path.strip("/") and not nodes:
+        # A repository below which there is nothing is an answer; a name that nobody knows is a slip.
+        ask(server, "GET", "tags", repository=path.strip("/"))
     rows = [
         (
             node["name"] + ("/" if not node["is_repository"] else ""),
@@ -57,7 +64,7 @@ def list_tags(server: str, repository: str) -> Result:
 
 def inspect_manifest(server: str, reference: str) -> Result:
     """Show what a manifest is made of."""
-    repository, part = split_reference(_local(server, reference))
+    repository, part = _resolve(server, reference)
     found = ask(server, "GET", "manifest", repository=repository, reference=part or "latest")
     facts = [
         ("Repository", found["repository"]),
@@ -84,13 +91,26 @@ def inspect_manifest(server: str, reference: str) -> Result:
 
 def remove_manifest(server: str, reference: str) -> Result:
     """Remove a tag, or a manifest with all its tags."""
-    repository, part = split_reference(_local(server, reference))
+    repository, part = _resolve(server, reference)
     if not part:
         raise ServerError(f"say which: {repository}:TAG, or {repository}@DIGEST with all its tags")
     removed = ask(server, "DELETE", "manifest", repository=repository, reference=part)
     lines = [f"untagged {repository}:{tag}" for tag in removed["tags"]]
     lines += [f"deleted {repository}@{part}"] if ":" in part else []
     return Result(removed, "\n".join(lines))
+
+
+def _resolve(server: str, reference: str) -> tuple[str, str]:
+    """Split a reference, and complete a digest that is written as `hythe tags` shows it."""
+    repository, part = split_reference(_local(server, reference))
+    if not _ABBREVIATED.fullmatch(part):
+        return repository, part
+    tags = pages(server, "tags", "tags", repository=repository)
+    found = {tag["digest"] for tag in tags if tag["digest"].startswith(part)}
+    if len(found) != 1:
+        many = "several manifests begin" if found else "no tagged manifest begins"
+        raise ServerError(f"{many} with {part} in {repository}: give the whole digest (hythe tags --json shows it)")
+    return repository, found.pop()
 
 
 def split_reference(reference: str) -> tuple[str, str]:

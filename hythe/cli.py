@@ -171,10 +171,7 @@ def migrate(config_path: Path | None, *, as_json: bool) -> None:
 @_json_option
 @_says_why
 def copy_store(config_path: Path | None, source: str, target: str, *, as_json: bool) -> None:
-    """Copy all blobs from one store to another, while the registry serves; run again, it goes on.
-
-    Both are as the configuration describes them, whichever of them storage.driver names.
-    """
+    """Copy all blobs from one store of the configuration to another, while the registry serves; run again to go on."""
     from hythe.move import copy_blobs
     from registry.config import load
 

@@ -37,7 +37,10 @@ def bind(settings: Settings) -> list[list[socket.socket]]:
             sock.close()
         return [[_listen(family, address, shared=True) for family, address in addresses] for _ in range(workers)]
     except OSError as error:
-        raise ConfigurationError(f"server.listen: {settings.server.listen}: {error.strerror or error}") from None
+        reason = error.strerror or error
+        raise ConfigurationError(
+            f"server.listen: {settings.server.listen}: {reason} (choose another address with --listen HOST:PORT)"
+        ) from None
 
 
 def _listen(family: int, address: tuple[Any, ...], *, shared: bool) -> socket.socket:

@@ -454,3 +454,24 @@ def test_serve_refuses_options_that_cannot_be(tmp_path: Path, option: str, value
     assert done.returncode in (1, 2)
     assert "Traceback" not in done.stderr
     assert value in done.stderr or option.removeprefix("--") in done.stderr
+
+
+def test_a_digest_can_be_written_as_tags_shows_it(server: HytheServer) -> None:
+    image = push(server, "short/digest", "latest")
+    other = push(server, "short/digest", "other")
+    shown = ask(server, "tags", "short/digest").splitlines()[1].split()[1]
+    assert image.digest.startswith(shown)
+    assert image.digest in ask(server, "inspect", f"short/digest@{shown}")
+    done = hythe("rm", f"short/digest@{'sha256:' + 12 * '0'}", "--server", server.url)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "no tagged manifest begins with sha256:000000000000" in done.stderr
+    assert f"deleted short/digest@{image.digest}" in ask(server, "rm", f"short/digest@{shown}")
+    assert ask_json(server, "tags", "short/digest")[0]["digest"] == other.digest
+
+
+def test_a_path_that_nothing_has_is_a_slip_and_one_without_anything_below_is_not(server: HytheServer) -> None:
+    push(server, "a/leaf", "latest")
+    assert ask_json(server, "ls", "a/leaf") == []
+    done = hythe("ls", "a/lief", "--server", server.url)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "there is no repository a/lief" in done.stderr
