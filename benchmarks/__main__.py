@@ -10,7 +10,8 @@ from pathlib import Path
 import click
 
 from benchmarks import report
-from benchmarks.measures import GROUPS, QUICK, Sizes, run
+from benchmarks.measures import QUICK, Sizes
+from benchmarks.rounds import GROUPS, run
 from benchmarks.servers import BenchmarkError
 
 

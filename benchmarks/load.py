@@ -259,6 +259,12 @@ def skopeo_push(server: Server, layout: Path, repository: str) -> None:
     _run(find_program("skopeo"), "--insecure-policy", "copy", "--dest-tls-verify=false", f"oci:{layout}", target)
 
 
+def skopeo_pull(server: Server, directory: Path, repository: str) -> None:
+    """Pull that image into a directory."""
+    source = f"docker://127.0.0.1:{server.port}/{repository}:latest"
+    _run(find_program("skopeo"), "--insecure-policy", "copy", "--src-tls-verify=false", source, f"dir:{directory}")
+
+
 def _run(*command: str) -> str:
     done = subprocess.run(command, check=False, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if done.returncode:

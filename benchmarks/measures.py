@@ -7,8 +7,6 @@ server would wait for it.
 from __future__ import annotations
 
 import os
-import shutil
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -74,7 +72,7 @@ class Level:
 Result = Sample | Level
 
 
-def _timed(measure: str, server: Server, work: Callable[[], float]) -> Sample:
+def timed(measure: str, server: Server, work: Callable[[], float]) -> Sample:
     """Measure `work`, which returns how much it did."""
     cpu, load_cpu, began = server.cpu_seconds(), _own_cpu(), time.perf_counter()
     amount = work()
@@ -110,12 +108,12 @@ class Blob:
                 # A virtual machine may have given free memory back: each server begins with some that is there.
                 _write_alone(blob, directory / "written")
                 os.sync()
-                yield _timed("blob push", server, lambda: _push(client, blob))
+                yield timed("blob push", server, lambda: _push(client, blob))
             else:
                 yield _write_alone(blob, directory / "written")
                 place(directory, path, blob.file)
             os.sync()
-            yield _timed("blob pull", server, lambda: sum(client.pull(path) for _ in range(_PULLS)))
+            yield timed("blob pull", server, lambda: sum(client.pull(path) for _ in range(_PULLS)))
             client.close()
             yield Level("memory, peak with a large blob", server.name, server.peak())
 
@@ -163,12 +161,12 @@ class Small:
             if kind.takes_pushes:
                 load.push_all(server, _REPOSITORY, self._warm_up, _CLIENTS)
                 os.sync()
-                yield _timed("small blobs in", server, lambda: self._push(server))
+                yield timed("small blobs in", server, lambda: self._push(server))
             else:
                 for file in self._files.iterdir():
                     place(directory, f"/v2/{_REPOSITORY}/blobs/{file.name}", file)
             load.pull_all(server, self._warm_up, _CLIENTS)
-            yield _timed("small blobs out", server, lambda: self._pull(server))
+            yield timed("small blobs out", server, lambda: self._pull(server))
             yield Level("memory, peak with small blobs", server.name, server.peak())
 
     def _push(self, server: Server) -> float:
@@ -204,8 +202,8 @@ class Manifest:
                 place(directory, by_tag, self._manifest)
                 place(directory, by_digest, self._manifest)
             load.wrk(server, by_tag, content.MANIFEST_TYPE, 1)
-            yield _timed("manifest by tag", server, lambda: self._pull(server, by_tag))
-            yield _timed("manifest by digest", server, lambda: self._pull(server, by_digest))
+            yield timed("manifest by tag", server, lambda: self._pull(server, by_tag))
+            yield timed("manifest by digest", server, lambda: self._pull(server, by_digest))
 
     def _push(self, server: Server) -> None:
         client = load.Client(server)
@@ -233,7 +231,7 @@ class Image:
         """Measure one server once."""
         with kind.running(directory) as server:
             os.sync()
-            yield _timed("image push", server, lambda: self._push(server))
+            yield timed("image push", server, lambda: self._push(server))
 
     def _push(self, server: Server) -> float:
         load.skopeo_push(server, self._layout, _REPOSITORY)
@@ -269,24 +267,3 @@ class Start:
             yield Level("start", kind.name, time.perf_counter() - began)
         finally:
             program.stop()
-
-
-Group = type[Blob] | type[Small] | type[Manifest] | type[Image] | type[Start]
-GROUPS: Final[dict[str, Group]] = {group.name: group for group in (Blob, Small, Manifest, Image, Start)}
-
-
-def run(names: list[str], sizes: Sizes, rounds: int, directory: Path) -> Iterator[Result]:
-    """Run groups of measures; what they need on the disk goes below `directory`.
-
-    What a server stored stays there to the end, but for large blobs: after thousands of files were deleted ext4 takes
-    longer to create some, for minutes, and whoever is next would pay for whoever was before.
-    """
-    for name in names:
-        group = GROUPS[name](sizes, directory)
-        for number in range(1, rounds + 1):
-            for kind in group.kinds:
-                print(f"{name}, round {number} of {rounds}: {kind.name}", file=sys.stderr)
-                where = directory / f"{name}-{number}-{kind.name}"
-                yield from group.measure(kind, where)
-                if group.is_large:
-                    shutil.rmtree(where)

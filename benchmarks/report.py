@@ -43,12 +43,22 @@ UNITS: Final = {
     "manifest by tag": _REQUESTS,
     "manifest by digest": _REQUESTS,
     "image push": _IMAGES,
+    "S3, blob push": _BYTES,
+    "S3, blob pull": _BYTES,
+    "S3, small blobs in": _BLOBS,
+    "S3, small blobs out": _BLOBS,
+    "S3, image push": _IMAGES,
 }
 LEVELS: Final = {
     "start": ("s", 1.0),
     "memory, idle": ("MB", 1e6),
     "memory, peak with a large blob": ("MB", 1e6),
     "memory, peak with small blobs": ("MB", 1e6),
+    "S3 requests, image of 10 layers in": ("requests", 1.0),
+    "S3 requests, image of 10 layers out": ("requests", 1.0),
+    "S3, a small blob in, p50": ("ms", 1e-3),
+    "S3, a small blob in, p99": ("ms", 1e-3),
+    "S3, memory, peak with 8 large layers": ("MB", 1e6),
 }
 
 
@@ -132,6 +142,16 @@ def _lighter(measure: str, limit: float, peer: str) -> Target:
     )
 
 
+def _fewer(measure: str, limit: float) -> Target:
+    return Target(
+        f"{measure}: at most {limit:g} times those of {DOCKER_REGISTRY.name}",
+        measure,
+        limit,
+        lambda results: results.level(measure, HYTHE.name) / results.level(measure, DOCKER_REGISTRY.name),
+        at_least=False,
+    )
+
+
 def _below(measure: str, limit: float) -> Target:
     unit, scale = LEVELS[measure]
     return Target(
@@ -155,6 +175,9 @@ TARGETS: Final = (
     _faster("manifest by digest", 8),
     _faster("manifest by tag", 12, server=HYTHE_2.name),
     _faster("manifest by digest", 12, server=HYTHE_2.name),
+    _faster("S3, blob push", 2),
+    _fewer("S3 requests, image of 10 layers in", 0.1),
+    _below("S3, memory, peak with 8 large layers", 400),
     _below("start", 1),
     _below("memory, idle", 80),
 )
@@ -169,7 +192,7 @@ def render(results: Results) -> str:
     parts = [f"**{measure}**\n\n{_work_table(results, measure, unit)}" for measure, unit in work]
     levels = [measure for measure in LEVELS if results.servers(measure)]
     if levels:
-        parts.append(f"**start and memory**\n\n{_level_table(results, levels)}")
+        parts.append(f"**start, memory, requests**\n\n{_level_table(results, levels)}")
     verdicts = [target.verdict(results) for target in TARGETS if results.servers(target.measure)]
     parts.append(f"**targets**\n\n{table(('target', 'measured', ''), verdicts)}")
     return "\n\n".join(parts)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import random
 import re
 import ssl
@@ -264,7 +265,8 @@ class Bucket:
 
     def _http(self) -> aiohttp.ClientSession:
         if self._session is None:
-            trust = ssl.create_default_context(cafile=self._ca_file or None)
+            # As boto3 takes them.
+            trust = ssl.create_default_context(cafile=self._ca_file or os.environ.get("AWS_CA_BUNDLE"))
             self._session = aiohttp.ClientSession(
                 connector=aiohttp.TCPConnector(limit=_CONNECTIONS, ssl=trust, keepalive_timeout=30),
                 timeout=aiohttp.ClientTimeout(
