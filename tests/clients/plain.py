@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import re
+import ssl
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Self
@@ -34,11 +35,14 @@ class Answer:
 
 
 class PlainClient:
-    """One connection to where `url` is, for one request after another."""
+    """One connection to where `url` is, for one request after another; over TLS if `trust` says whom to believe."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, trust: ssl.SSLContext | None = None) -> None:
         self._host = urlsplit(url).netloc
-        self._connection = http.client.HTTPConnection(self._host, timeout=120)
+        if trust is None:
+            self._connection = http.client.HTTPConnection(self._host, timeout=120)
+        else:
+            self._connection = http.client.HTTPSConnection(self._host, timeout=120, context=trust)
 
     def __enter__(self) -> Self:
         return self

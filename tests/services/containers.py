@@ -28,6 +28,8 @@ class ContainerTools:
     """The three of them, with one home."""
 
     home: Path
+    #: What keeps images: "vfs" copies all of one for each container, "overlay" needs a kernel that has it.
+    driver: str = "vfs"
 
     def set_up(self) -> None:
         """Write their configuration."""
@@ -37,7 +39,8 @@ class ContainerTools:
         (configuration / "registries.conf").write_text("unqualified-search-registries = []\n")
         (configuration / "containers.conf").write_text(_RUNTIME.format(networks=self.home / "networks"))
         (configuration / "auth.json").write_text("{}")
-        storage = f'[storage]\ndriver = "vfs"\ngraphroot = "{self.home / "graph"}"\nrunroot = "{self.home / "run"}"\n'
+        places = f'graphroot = "{self.home / "graph"}"\nrunroot = "{self.home / "run"}"\n'
+        storage = f'[storage]\ndriver = "{self.driver}"\n{places}'
         (configuration / "storage.conf").write_text(storage)
 
     @property
@@ -75,8 +78,18 @@ class ContainerTools:
 
     def podman(self, *arguments: str) -> str:
         """Run podman."""
-        options = [*self._storage(), "--tmpdir", str(self.home / "podman")]
-        return run(*isolated("podman", *options, *arguments), timeout=120, **self.environment).strip()
+        return run(*isolated(*self.podman_command(*arguments)), timeout=120, **self.environment).strip()
+
+    def podman_command(self, *arguments: str) -> list[str]:
+        """Return what runs podman; the environment and the isolation are the caller's to add."""
+        return ["podman", *self._storage(), "--tmpdir", str(self.home / "podman"), *arguments]
 
     def _storage(self) -> list[str]:
-        return ["--root", str(self.home / "graph"), "--runroot", str(self.home / "run"), "--storage-driver", "vfs"]
+        return [
+            "--root",
+            str(self.home / "graph"),
+            "--runroot",
+            str(self.home / "run"),
+            "--storage-driver",
+            self.driver,
+        ]
