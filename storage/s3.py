@@ -20,6 +20,7 @@ import contextlib
 import re
 import secrets
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -120,7 +121,7 @@ class Memory:
     def leave(self, upload: _S3Upload) -> None:
         """Take it that `upload` holds nothing any more."""
         self._uploads.discard(upload)
-        self._change()
+        self.change()
 
     async def take(self, upload: _S3Upload, size: int) -> None:
         """Wait until there is room for `size` more bytes of `upload`, whose lock is held.
@@ -129,25 +130,29 @@ class Memory:
             StorageError: what would make room cannot be stored.
         """
         while self._used and self._used + size > self._limit:
+            idle = [each for each in self._uploads if each is upload or not each.lock.locked()]
+            landed = next((each for each in idle if each.has_landed), None)
             largest = max(self._uploads, key=lambda each: each.buffered)
-            if largest is upload and upload.buffered:
-                await upload.put_away()
-            elif largest.buffered and not largest.lock.locked():
-                async with largest.lock:
+            if landed is not None:
+                async with nullcontext() if landed is upload else landed.lock:
+                    await landed.settle()
+            elif largest in idle and largest.buffered:
+                async with nullcontext() if largest is upload else largest.lock:
                     await largest.put_away()
             else:
-                # Bytes are on their way already, or their writer will see to them.
+                # Bytes are on their way already, or their writer, who waits here too, will see to them.
                 self._changed.clear()
                 await self._changed.wait()
         self._used += size
-        self._change()
+        self.change()
 
     def give(self, size: int) -> None:
         """Let others have `size` bytes."""
         self._used -= size
-        self._change()
+        self.change()
 
-    def _change(self) -> None:
+    def change(self) -> None:
+        """Let those who wait look again: something landed, or somebody else holds most."""
         self._changed.set()
 
 
@@ -357,6 +362,15 @@ class _S3Upload:
                 await self._put_loose()
         await self._land(to=0)
 
+    @property
+    def has_landed(self) -> bool:
+        """Whether a part has arrived whose bytes are still held."""
+        return bool(self._flying) and self._flying[0].sending.done()
+
+    async def settle(self) -> None:
+        """Let go of what has arrived. Whoever calls this holds the lock."""
+        await self._land(to=_FLYING)
+
     @contextlib.asynccontextmanager
     async def _held(self) -> AsyncIterator[None]:
         async with self.lock:
@@ -433,7 +447,7 @@ class _S3Upload:
     async def _launch(self, pieces: list[_Piece]) -> None:
         """Send pieces, and what is loose before them, as the next part; waits for another one if there are many."""
         # Where something is loose nothing is on its way, and what takes it in is alone there.
-        async with self._store._fetching if self._stored.loose else contextlib.nullcontext():
+        async with self._store._fetching if self._stored.loose else nullcontext():
             try:
                 await self._begin_parts()
                 before = await self._fetch_loose()
@@ -446,10 +460,17 @@ class _S3Upload:
             sending = asyncio.create_task(
                 self._bucket.put_part(self._stored.target, self._stored.upload_id, number, contents)
             )
-            sending.add_done_callback(_seen)
+            sending.add_done_callback(self._see)
             self._flying.append(_Part(pieces, sending, taken))
             self.buffered -= _size(pieces)
+            self._store._memory.change()
             await self._land(to=0 if taken else _FLYING - 1)
+
+    def _see(self, sending: asyncio.Task[str]) -> None:
+        """Take note of how a part ended, also if nobody will ask."""
+        if not sending.cancelled():
+            sending.exception()
+        self._store._memory.change()
 
     async def _begin_parts(self) -> None:
         if not self._stored.upload_id:
@@ -563,7 +584,7 @@ class _S3Upload:
             self._stored.has_strays = True
         if len(loose) == 1 and not self._pieces:
             return loose[0][0]
-        async with self._store._fetching if loose else contextlib.nullcontext():
+        async with self._store._fetching if loose else nullcontext():
             before = await self._fetch_loose()
             if loose:
                 self._stored.has_strays = True
@@ -669,12 +690,6 @@ def _keep(come: Sequence[bytes | memoryview], kept: list[_Piece], offset: int, h
 
 def _size(pieces: Sequence[_Piece]) -> int:
     return sum(len(piece.content) for piece in pieces)
-
-
-def _seen(sending: asyncio.Task[str]) -> None:
-    """Take note of how a part ended: if nobody asks, nobody needs to know."""
-    if not sending.cancelled():
-        sending.exception()
 
 
 def _prefix(name: str) -> str:
