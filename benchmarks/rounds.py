@@ -24,9 +24,9 @@ def run(names: list[str], sizes: Sizes, rounds: int, directory: Path) -> Iterato
     for name in names:
         group = GROUPS[name](sizes, directory)
         for number in range(1, rounds + 1):
-            for kind in group.kinds:
+            for place, kind in enumerate(group.kinds):
                 print(f"{name}, round {number} of {rounds}: {kind.name}", file=sys.stderr)
-                where = directory / f"{name}-{number}-{kind.name}"
+                where = directory / f"{name}-{number}-{place}"
                 yield from group.measure(kind, where)
                 if group.is_large:
                     shutil.rmtree(where)
