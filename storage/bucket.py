@@ -34,8 +34,6 @@ T = TypeVar("T")
 _CONTROLLERS: Final = 8
 _CONNECTIONS: Final = 64
 _CONNECT_SECONDS: Final = 5
-#: Bytes a second below which a transfer counts as hanging.
-_SLOWEST: Final = 256 << 10
 _READ_SIZE: Final = 1 << 20
 #: How often one request is made at most, and the seconds before the second time.
 _TRIES: Final = 5
@@ -292,14 +290,14 @@ class Bucket:
 
     async def _send(self, kind: str, operation: str, where: dict[str, Any], pieces: Sequence[bytes | bytearray]) -> str:
         """Send bytes, as often as needed, and return the tag they were given."""
-        size = sum(map(len, pieces))
+        headers = {"Content-Length": str(sum(map(len, pieces)))}
 
         async def try_once() -> str:
             url = await self._sign(self._client, operation, where, _SIGNED_SECONDS)
             self.requests[kind] += 1
-            async with asyncio.timeout(self._timeout + size / _SLOWEST):
-                headers = {"Content-Length": str(size)}
-                async with self._http().put(url, data=_flow(pieces), headers=headers) as response:
+            async with asyncio.timeout(self._timeout) as limit:
+                body = _flow(pieces, limit, self._timeout)
+                async with self._http().put(url, data=body, headers=headers) as response:
                     if response.status != 200:
                         await _refuse(kind, response)
                     await response.read()
@@ -308,13 +306,13 @@ class Bucket:
         return await self._repeat(kind, try_once)
 
     async def _repeat(self, kind: str, try_once: Callable[[], Awaitable[T]]) -> T:
-        end = time.monotonic() + self._patience
-        failures = 0
+        failures, end = 0, 0.0
         while True:
             try:
                 return await try_once()
             except (_Again, *_FAILURES) as error:
                 failures += 1
+                end = end or time.monotonic() + self._patience
                 if failures >= _TRIES or time.monotonic() > end:
                     raise StoreUnavailable(f"{kind}: {_said(error)}") from error
             await asyncio.sleep(_pause(failures))
@@ -333,8 +331,13 @@ def _session() -> boto3.Session:
     return boto3.Session()
 
 
-async def _flow(pieces: Sequence[bytes | bytearray]) -> AsyncGenerator[bytes | bytearray, None]:
+async def _flow(
+    pieces: Sequence[bytes | bytearray], limit: asyncio.Timeout, seconds: float
+) -> AsyncGenerator[bytes | bytearray, None]:
+    """Yield the pieces as they are taken; whoever takes the next one within the time has so much time again."""
     for piece in pieces:
+        if not limit.expired():
+            limit.reschedule(asyncio.get_running_loop().time() + seconds)
         yield piece
 
 

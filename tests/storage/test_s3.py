@@ -321,7 +321,7 @@ async def test_an_upload_goes_on_when_the_server_is_back(open_store: Open, proxy
         await send(broken, content)
         await broken.suspend()
 
-    with pytest.raises(StoreUnavailable, match="503|SlowDown"):
+    with pytest.raises(StoreUnavailable, match=r"503|SlowDown"):
         await send_all()
     await broken.abandon()
     checkpoint = broken.checkpoint()
