@@ -11,20 +11,25 @@ from typing import Final
 
 from registry.errors import ConfigurationError
 
-#: What the lock file says while a server runs; it stays there only if the server died.
+_MOUNTS: Final = Path("/proc/self/mountinfo")
 _NETWORK_FILESYSTEMS: Final = frozenset(
     ["nfs", "nfs4", "cifs", "smb3", "smbfs", "ceph", "glusterfs", "fuse.glusterfs", "fuse.sshfs", "afs", "ncpfs"]
 )
+#: What the lock file says while a server runs; it stays there only if the server died.
 _RUNNING: Final = b"running\n"
 
 
-def check_local(database: Path) -> None:
+def check_local(database: Path, mounts: Path = _MOUNTS) -> None:
     """Refuse a SQLite file that other hosts may have open too: its log lies in this host's memory.
+
+    Args:
+        database: the file.
+        mounts: what is mounted where. [proc_pid_mountinfo(5)]
 
     Raises:
         ConfigurationError: it lies on a network filesystem. [SQLite: Write-Ahead Logging, 1]
     """
-    kind = _filesystem(database.resolve().parent)
+    kind = _filesystem(database.resolve().parent, mounts)
     if kind in _NETWORK_FILESYSTEMS:
         raise ConfigurationError(
             f"database.url: {database} is on a network filesystem ({kind}), where SQLite is not safe: put it on "
@@ -32,16 +37,16 @@ def check_local(database: Path) -> None:
         )
 
 
-def _filesystem(directory: Path) -> str:
+def _filesystem(directory: Path, mounts: Path) -> str:
     """Return the kind of filesystem that a directory, perhaps still to be made, is on."""
     best, kind = -1, ""
     try:
-        lines = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = mounts.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return ""
     for line in lines:
         mounted, _, described = line.partition(" - ")
-        # [proc_pid_mountinfo(5)] blanks in a path are written in octal.
+        # Blanks in a path are written in octal.
         point = mounted.split(" ")[4].replace("\\040", " ")
         if directory.is_relative_to(point) and len(point) >= best:
             best, kind = len(point), described.split(" ")[0]

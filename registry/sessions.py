@@ -13,7 +13,7 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 
 from registry.contents import Contents
-from registry.errors import BlobUploadUnknown
+from registry.errors import BlobUploadUnknown, MetadataError, RegistryError
 from registry.fresh import FreshSessions
 from registry.metadata import blobs, leftovers, sessions
 from registry.metadata.blobs import StoredBlob
@@ -21,7 +21,7 @@ from registry.metadata.engine import Database
 from registry.metadata.sessions import Session
 from storage.base import Store, Upload
 from storage.digest import Digest
-from storage.errors import DigestMismatch, UploadLost
+from storage.errors import DigestMismatch, StorageError, UploadLost
 from storage.names import RepositoryName
 
 
@@ -108,7 +108,9 @@ class Sessions:
             await self._forget_if_over(claim.session.id)
             raise
         except BaseException:
-            await self.let_go(claim)
+            # What went wrong first is what is told.
+            with suppress(RegistryError, MetadataError, StorageError):
+                await self.let_go(claim)
             raise
 
     async def note(self, claim: Claim) -> None:

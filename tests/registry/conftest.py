@@ -18,9 +18,13 @@ LOCAL: Final = frozenset(
 )
 
 
+#: Modules whose tests need what only the other one has.
+REMOTE: Final = frozenset(["faults", "replicas"])
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Run every other test on both."""
-    is_local = metafunc.module.__name__.rpartition("test_")[2] in LOCAL
-    if "backend" in metafunc.fixturenames and not is_local:
+    name = metafunc.module.__name__.rpartition("test_")[2]
+    if "backend" in metafunc.fixturenames and name not in LOCAL:
         remote = pytest.param("remote", marks=[needs_postgres, needs_ceph])
-        metafunc.parametrize("backend", ["local", remote], indirect=True)
+        metafunc.parametrize("backend", [remote] if name in REMOTE else ["local", remote], indirect=True)

@@ -121,6 +121,9 @@ class FaultyProxy:
             task.cancel()
         await asyncio.gather(*self._tasks)
         await server.wait_closed()
+        # Transports let go of their sockets one turn after they were closed.
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
 
     async def _connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
