@@ -59,6 +59,8 @@ class _State(msgspec.Struct, array_like=True):
         target: the key of the upload in parts, empty before the first part.
         upload_id: its id.
         parts: tag and size of each of its parts.
+        part_size: by which they are cut, whoever goes on with them: where a lost writer sent more parts than were
+            noted, they are sent again with the same ends, and none is left over, which not every server forgives.
         loose: key and size of the objects that hold what came after them.
         has_strays: the store may hold more of this upload that will never be needed.
     """
@@ -67,6 +69,7 @@ class _State(msgspec.Struct, array_like=True):
     target: str = ""
     upload_id: str = ""
     parts: list[tuple[str, int]] = msgspec.field(default_factory=list)
+    part_size: int = 0
     loose: list[tuple[str, int]] = msgspec.field(default_factory=list)
     has_strays: bool = False
 
@@ -193,7 +196,7 @@ class S3Store:
         )
         self.requests = self.bucket.requests
         self._redirect = redirect
-        self._part_size = part_bytes
+        self.part_size = part_bytes
         self._memory = Memory(buffer_bytes)
         self._threads = Threads(_HASHERS, "hash")
         self._held: set[str] = set()
@@ -257,14 +260,6 @@ class S3Store:
     async def close(self) -> None:
         await self.bucket.close()
         await self._threads.close()
-
-    def part_size(self, number: int) -> int:
-        """Return how large part `number`, from 0 on, is to be."""
-        return self._part_size << min(_DOUBLINGS, number // _GROWTH)
-
-    def least_part_size(self, number: int) -> int:
-        """Return how large it must be, unless it is the last one: the parts are to hold out."""
-        return _LEAST_PART << min(_DOUBLINGS, number // _GROWTH)
 
     async def _read_owner(self) -> str:
         size = await self.bucket.size("registry")
@@ -353,7 +348,7 @@ class _S3Upload:
         if self.buffered:
             loose_size = self._stored.loose_size
             is_part = self._stored.parts or self._flying or loose_size or not ends
-            least = self._store.least_part_size(len(self._stored.parts) + len(self._flying))
+            least = grown(_LEAST_PART, self._number)
             if is_part and self.buffered + loose_size >= least:
                 pieces, self._pieces = self._pieces, []
                 await self._launch(pieces)
@@ -429,12 +424,20 @@ class _S3Upload:
         self._verified = None
 
     def _is_part_due(self) -> bool:
-        number = len(self._stored.parts) + len(self._flying)
-        return self.buffered + self._stored.loose_size >= self._store.part_size(number) + _LEAST_PART
+        return self.buffered + self._stored.loose_size >= self._part_size + _LEAST_PART
+
+    @property
+    def _number(self) -> int:
+        """Of the next part, from 0 on."""
+        return len(self._stored.parts) + len(self._flying)
+
+    @property
+    def _part_size(self) -> int:
+        return grown(self._stored.part_size or self._store.part_size, self._number)
 
     def _cut(self) -> list[_Piece]:
         """Take the next part out of the buffer; what stays could be the last one, and any other one too."""
-        wanted = self._store.part_size(len(self._stored.parts) + len(self._flying)) - self._stored.loose_size
+        wanted = self._part_size - self._stored.loose_size
         size = count = 0
         while size < wanted or not count:
             size += len(self._pieces[count].content)
@@ -455,7 +458,7 @@ class _S3Upload:
                 self._pieces = pieces + self._pieces
                 raise
             taken = self._stored.loose
-            number = len(self._stored.parts) + len(self._flying) + 1
+            number = self._number + 1
             contents: list[bytes | bytearray] = [*before, *(piece.content for piece in pieces)]
             sending = asyncio.create_task(
                 self._bucket.put_part(self._stored.target, self._stored.upload_id, number, contents)
@@ -475,6 +478,7 @@ class _S3Upload:
     async def _begin_parts(self) -> None:
         if not self._stored.upload_id:
             self._stored.target = _new_key(self._name)
+            self._stored.part_size = self._store.part_size
             with self._perhaps_stray():
                 self._stored.upload_id = await self._bucket.create(self._stored.target)
 
@@ -632,7 +636,7 @@ class _Brought:
         await self._store._threads.run(self._hasher.update, piece)
         self._held.append(piece)
         self._size += len(piece)
-        if self._size >= self._store.part_size(len(self._tags)):
+        if self._size >= grown(self._store.part_size, len(self._tags)):
             await self._send()
 
     async def end(self, digest: Digest) -> None:
@@ -690,6 +694,11 @@ def _keep(come: Sequence[bytes | memoryview], kept: list[_Piece], offset: int, h
 
 def _size(pieces: Sequence[_Piece]) -> int:
     return sum(len(piece.content) for piece in pieces)
+
+
+def grown(size: int, number: int) -> int:
+    """Return how large part `number`, from 0 on, is, where the first ones have `size` bytes."""
+    return size << min(_DOUBLINGS, number // _GROWTH)
 
 
 def _prefix(name: str) -> str:
