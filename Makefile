@@ -1,12 +1,13 @@
 # make serve    set up and start a registry       make test    install what the tests need and run them all
 # make install  set up only                       make check   lint and types
 # make bench    measure beside the peers          make crash   kill the server 200 times
+# make replicas kill replicas under 50 pushes
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: serve install test check bench crash clean packages
+.PHONY: serve install test check bench crash replicas clean packages
 
 serve: install
 	$(BIN)/hythe serve
@@ -23,6 +24,9 @@ check: $(VENV)/installed-test
 
 bench: packages $(VENV)/installed-test
 	$(BIN)/python -m benchmarks $(BENCH)
+
+replicas: packages $(VENV)/installed-test
+	HYTHE_REPLICA_IMAGES=50 $(BIN)/python -m pytest tests/clients/test_replicas.py --timeout 3600 -s
 
 crash: $(VENV)/installed-test
 	HYTHE_CRASHES=200 $(BIN)/python -m pytest tests/crash -k campaign --timeout 3600 -s

@@ -133,6 +133,17 @@ class Bucket:
         }
 
 
+def environment_of(settings: Settings) -> dict[str, str]:
+    """Return what makes a server of its own process use the same database and bucket."""
+    s3 = settings.storage.s3
+    named = ("bucket", "prefix", "region", "endpoint", "addressing", "access_key", "secret_key")
+    return {
+        "HYTHE_DATABASE__URL": settings.database.url,
+        "HYTHE_STORAGE__DRIVER": settings.storage.driver,
+        **{f"HYTHE_STORAGE__S3__{key.upper()}": str(getattr(s3, key)) for key in named},
+    }
+
+
 Start = Callable[..., Awaitable[Client]]
 
 

@@ -5,14 +5,19 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Final
 
 import pytest
 from docker import DockerClient
 
+from registry.config import Settings
 from tests.clients.traffic import Traffic
+from tests.conftest import environment_of
 from tests.services.containers import ContainerTools
 from tests.services.docker import DockerDaemon, docker_daemon
+from tests.services.postgres import needs_postgres
 from tests.services.processes import HytheServer, hythe_server
+from tests.services.s3 import needs_ceph
 
 
 @pytest.fixture
@@ -22,10 +27,24 @@ def scratch() -> Iterator[Path]:
         yield Path(directory)
 
 
+#: Modules whose clients push to a registry on PostgreSQL and S3 as well.
+BOTH: Final = frozenset(["test_builders", "test_docker", "test_oras", "test_skopeo"])
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Let the clients meet both."""
+    name = metafunc.module.__name__.rpartition(".")[2]
+    remote = pytest.param("remote", marks=[needs_postgres, needs_ceph])
+    if "backend" in metafunc.fixturenames and name in BOTH:
+        metafunc.parametrize("backend", ["local", remote], indirect=True)
+    elif "backend" in metafunc.fixturenames and name == "test_replicas":
+        metafunc.parametrize("backend", [remote], indirect=True)
+
+
 @pytest.fixture
-def server(scratch: Path) -> Iterator[HytheServer]:
+def server(scratch: Path, backend: str, settings: Settings) -> Iterator[HytheServer]:
     """A registry in a process of its own with the default settings; what it logged is shown where a test fails."""
-    with hythe_server(scratch) as running:
+    with hythe_server(scratch, environment=environment_of(settings) if backend == "remote" else None) as running:
         yield running
     print(running.output.read_text(errors="replace")[-8000:])  # noqa: T201
 

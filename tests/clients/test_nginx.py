@@ -31,7 +31,7 @@ def proxy(server: HytheServer, scratch: Path) -> Iterator[Nginx]:
 @pytest.fixture(params=["", "/registry", "/tools/images.v2"])
 def proxy_anywhere(request: pytest.FixtureRequest, server: HytheServer, scratch: Path) -> Iterator[Nginx]:
     """An nginx that takes a path prefix away, or none."""
-    with nginx(scratch / "nginx", server, request.param) as running:
+    with nginx(scratch / "nginx", server, prefix=request.param) as running:
         yield running
 
 

@@ -20,7 +20,7 @@ from registry.lock import check_local
 from registry.metadata import sessions
 from registry.metadata.tables import now
 from registry.sweeper import Sweeper
-from tests.conftest import Bucket, Start
+from tests.conftest import Bucket, Start, environment_of
 from tests.content import Client, Pusher, digest_of, make_image
 from tests.facts import query
 from tests.hythe.test_cli import hythe
@@ -156,22 +156,11 @@ async def test_the_same_image_pushed_at_all_of_them_at_once_is_there_once(
 # --- replicas that die ----------------------------------------------------------------------------------
 
 
-def environment_of(settings: Settings) -> dict[str, str]:
-    s3 = settings.storage.s3
-    return {
-        "HYTHE_DATABASE__URL": settings.database.url,
-        "HYTHE_STORAGE__DRIVER": "s3",
-        **{f"HYTHE_STORAGE__S3__{key.upper()}": getattr(s3, key) for key in ("bucket", "prefix", "endpoint")},
-        **{f"HYTHE_STORAGE__S3__{key.upper()}": getattr(s3, key) for key in ("access_key", "secret_key")},
-        "HYTHE_STORAGE__S3__ADDRESSING": "path",
-        "HYTHE_STORAGE__S3__PART_BYTES": str(5 * MIB),
-    }
-
-
 @pytest.fixture
 def mortal(tmp_path: Path, settings: Settings) -> Iterator[HytheServer]:
     """A replica in a process of its own."""
-    with hythe_server(tmp_path, environment=environment_of(settings)) as server:
+    small_parts = {"HYTHE_STORAGE__S3__PART_BYTES": str(5 * MIB)}
+    with hythe_server(tmp_path, environment=environment_of(settings) | small_parts) as server:
         yield server
 
 

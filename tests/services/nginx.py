@@ -24,11 +24,14 @@ http {{
     fastcgi_temp_path {directory}/fastcgi;
     uwsgi_temp_path {directory}/uwsgi;
     scgi_temp_path {directory}/scgi;
+    upstream registry {{
+        {servers}
+    }}
     server {{
         listen 127.0.0.1:{port};
         client_max_body_size 0;
         location {prefix}/ {{
-            proxy_pass http://{server}/;
+            proxy_pass http://registry/;
             proxy_http_version 1.1;
             proxy_request_buffering off;
             proxy_buffering off;
@@ -60,8 +63,8 @@ class Nginx(Program):
 
 
 @contextlib.contextmanager
-def nginx(directory: Path, server: HytheServer, prefix: str = "") -> Iterator[Nginx]:
-    """Run nginx before `server`, at the root or below `prefix`, while the block lasts."""
+def nginx(directory: Path, *servers: HytheServer, prefix: str = "") -> Iterator[Nginx]:
+    """Run nginx before `servers`, which take turns, at the root or below `prefix`, while the block lasts."""
     directory.mkdir()
     port = free_port()
     configuration = directory / "nginx.conf"
@@ -70,7 +73,7 @@ def nginx(directory: Path, server: HytheServer, prefix: str = "") -> Iterator[Ng
             user="user root;" if os.geteuid() == 0 else "",
             directory=directory,
             port=port,
-            server=server.address,
+            servers=" ".join(f"server {server.address} max_fails=1 fail_timeout=1s;" for server in servers),
             prefix=prefix,
             prefix_header=f"proxy_set_header X-Forwarded-Prefix {prefix};" if prefix else "",
         )
