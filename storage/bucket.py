@@ -117,8 +117,11 @@ class Bucket:
             max_pool_connections=_CONNECTIONS,
         )
 
+        # What was found where AWS's tools look stays in a session.
+        session = _session() if access_key else boto3.Session()
+
         def client(address: str) -> Any:
-            return _session().client(
+            return session.client(
                 "s3",
                 endpoint_url=address or None,
                 config=config,

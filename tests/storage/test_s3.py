@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import secrets
+import socket
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import aclosing
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -19,9 +22,10 @@ from storage.base import Checkpoint, Upload
 from storage.digest import Digest
 from storage.errors import ContentMissing, DigestMismatch, OutOfSpace, StoreUnavailable, UploadLost
 from storage.s3 import S3Store, _State, grown
-from tests.conftest import Bucket
+from tests.conftest import Bucket, needs
 from tests.services.faults import FaultyProxy
 from tests.services.messages import Kind
+from tests.services.processes import Program, free_port, run, wait_until
 from tests.services.s3 import needs_ceph, needs_juicefs
 from tests.storage.conftest import begun, keys, read, resumed, uploads
 
@@ -450,3 +454,101 @@ async def test_what_is_brought_wrong_or_not_whole_is_not_there(store: S3Store, c
     with pytest.raises(ContentMissing):
         await store.bring(BROUGHT, Digest.of(content), flow(content, cut=len(content) - MIB))
     assert await keys(store) == set()
+
+
+# --- ways to a bucket -----------------------------------------------------------------------------------
+
+TLS = """
+{user}
+daemon off;
+pid {directory}/pid;
+error_log stderr;
+events {{}}
+http {{
+    access_log off;
+    client_body_temp_path {directory}/body;
+    proxy_temp_path {directory}/proxy;
+    fastcgi_temp_path {directory}/fastcgi;
+    uwsgi_temp_path {directory}/uwsgi;
+    scgi_temp_path {directory}/scgi;
+    server {{
+        listen 127.0.0.1:{port} ssl;
+        ssl_certificate {directory}/server.crt;
+        ssl_certificate_key {directory}/server.key;
+        client_max_body_size 0;
+        location / {{
+            proxy_pass {upstream};
+            proxy_set_header Host $http_host;
+        }}
+    }}
+}}
+"""
+
+
+def is_open(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+@pytest.fixture
+def over_tls(tmp_path: Path, bucket: Bucket) -> Iterator[str]:
+    """The address of the server behind TLS, by a certificate that only those trust who are told to."""
+    files = {"-keyout": tmp_path / "server.key", "-out": tmp_path / "server.crt"}
+    names = ("-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1")
+    run(
+        *("openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", *names),
+        *(str(word) for pair in files.items() for word in pair),
+    )
+    port = free_port()
+    user = "user root;" if os.geteuid() == 0 else ""
+    (tmp_path / "nginx.conf").write_text(
+        TLS.format(directory=tmp_path, port=port, user=user, upstream=bucket.server.endpoint)
+    )
+    command = ["nginx", "-p", str(tmp_path), "-c", str(tmp_path / "nginx.conf"), "-e", "stderr"]
+    proxy = Program(command, tmp_path / "log")
+    proxy.start()
+    try:
+        wait_until(lambda: is_open(port), "nginx")
+        yield f"https://127.0.0.1:{port}"
+    finally:
+        proxy.stop()
+
+
+@needs("nginx", "openssl")
+async def test_a_server_with_its_own_authority_is_trusted_if_that_is_said(
+    open_store: Open, over_tls: str, tmp_path: Path
+) -> None:
+    store = open_store(endpoint=over_tls, ca_file=str(tmp_path / "server.crt"))
+    key, content = await push(store, "UploadPart")
+    await check(store, key, content)
+    stranger = open_store(endpoint=over_tls)
+    for attempt in (stranger.probe(), stranger.forget("one")):
+        with pytest.raises(StoreUnavailable, match=r"(?i)certificate|ssl"):
+            await attempt
+
+
+async def test_a_bucket_can_be_named_by_its_host(open_store: Open, bucket: Bucket) -> None:
+    # Such names resolve nowhere here, so what is asked for is read off an address.
+    store = open_store(addressing="virtual", endpoint="https://s3.example.org", redirect=True)
+    address = await store.open("blobs/on/one.12345678").address()
+    assert address
+    assert address.startswith(f"https://{bucket.name}.s3.example.org/")
+
+
+async def test_credentials_are_looked_for_where_aws_keeps_them(
+    open_store: Open, bucket: Bucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", bucket.server.access_key)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", bucket.server.secret_key)
+    key, content = await push(open_store(access_key="", secret_key=""), "PutObject")
+    assert await read(open_store(), key, 0, len(content)) == content
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    with pytest.raises(StoreUnavailable):
+        await open_store(access_key="", secret_key="").probe()
+
+
+async def test_a_session_token_goes_along(open_store: Open) -> None:
+    store = open_store(session_token="t0ken", redirect=True)
+    address = await store.open("blobs/on/one.12345678").address()
+    assert address
+    assert "X-Amz-Security-Token=t0ken" in address
