@@ -13,7 +13,7 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 
 from registry.contents import Contents
-from registry.errors import BlobUploadUnknown, MetadataError, RegistryError
+from registry.errors import BlobUploadUnknown, MetadataError, MetadataFull, RegistryError
 from registry.fresh import FreshSessions
 from registry.metadata import blobs, leftovers, sessions
 from registry.metadata.blobs import StoredBlob
@@ -137,8 +137,18 @@ class Sessions:
             return
         key = await claim.upload.commit(digest)
         stored = StoredBlob(key, claim.upload.offset)
-        finishing = self._contents.finish_upload(session_id, writer, name, digest, stored, is_tidy=claim.upload.is_tidy)
-        await self._add(key, finishing)
+        is_tidy = claim.upload.is_tidy
+        try:
+            is_ours = await self._contents.finish_upload(session_id, writer, name, digest, stored, is_tidy=is_tidy)
+        except (BlobUploadUnknown, MetadataFull):
+            # Nothing was written.
+            await claim.upload.undo()
+            raise
+        except BaseException:
+            await self._undo(claim)
+            raise
+        if not is_ours:
+            await self._store.delete(key)
 
     async def publish_fresh(self, name: RepositoryName, session_id: str, last: bytes, digest: Digest) -> bool:
         """Append `last` to a fresh session and end it as a blob; False where it is not fresh any more.
@@ -189,8 +199,17 @@ class Sessions:
         if leftover is not None:
             await self._store.forget(*leftover)
 
+    async def _undo(self, claim: Claim) -> None:
+        """Take back what was published, if its row is not there and never will be: the session still is.
+
+        Asking for it waits for a commit whose answer was lost. Where even that cannot be asked, the bytes stay.
+        """
+        with suppress(MetadataError):
+            if await self._database.note(sessions.renew, claim.session.id, claim.writer):
+                await claim.upload.undo()
+
     async def _add(self, key: str, adding: Awaitable[bool]) -> None:
-        """Wait for the row of published bytes; if it is not to be, they are dropped."""
+        """Wait for the row of what a fresh session published; if it is not to be, the bytes are dropped."""
         is_ours = False
         try:
             is_ours = await adding

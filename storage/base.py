@@ -100,6 +100,13 @@ class Upload(Protocol):
             OutOfSpace, StoreUnavailable: nothing was published; `suspend` or `abandon` the upload.
         """
 
+    async def undo(self) -> None:
+        """Take back a commit whose key no row will name.
+
+        Where the upload can be committed once more from its checkpoint, what was published stays, for that or for
+        `forget`.
+        """
+
     async def suspend(self) -> None:
         """Let go of the upload; its bytes stay for `resume`. Does nothing after `commit` or `abandon`.
 

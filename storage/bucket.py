@@ -32,7 +32,6 @@ from storage.threads import Threads
 T = TypeVar("T")
 
 _CONTROLLERS: Final = 8
-_CONNECTIONS: Final = 64
 _CONNECT_SECONDS: Final = 5
 _READ_SIZE: Final = 1 << 20
 #: How often one request is made at most, and the seconds before the second time.
@@ -114,7 +113,7 @@ class Bucket:
             retries={"mode": "standard", "total_max_attempts": _TRIES},
             connect_timeout=_CONNECT_SECONDS,
             read_timeout=timeout_seconds,
-            max_pool_connections=_CONNECTIONS,
+            max_pool_connections=_CONTROLLERS,
         )
 
         # What was found where AWS's tools look stays in a session.
@@ -269,7 +268,8 @@ class Bucket:
             # As boto3 takes them.
             trust = ssl.create_default_context(cafile=self._ca_file or os.environ.get("AWS_CA_BUNDLE"))
             self._session = aiohttp.ClientSession(
-                connector=aiohttp.TCPConnector(limit=_CONNECTIONS, ssl=trust, keepalive_timeout=30),
+                # No limit: slow clients that pull must not keep others from a connection.
+                connector=aiohttp.TCPConnector(limit=0, ssl=trust, keepalive_timeout=30),
                 timeout=aiohttp.ClientTimeout(
                     total=None, sock_connect=_CONNECT_SECONDS, sock_read=self._timeout, connect=self._timeout
                 ),

@@ -204,6 +204,7 @@ class _FileUpload:
         self._written_back = checkpoint.offset
         self._hasher = _restore(checkpoint)
         self._verified: Digest | None = None
+        self._published = ""
         self._descriptor = -1
 
     @property
@@ -236,6 +237,9 @@ class _FileUpload:
     @property
     def is_tidy(self) -> bool:
         return True
+
+    async def undo(self) -> None:
+        await self._store.delete(self._published)
 
     async def suspend(self) -> None:
         if self._descriptor >= 0:
@@ -344,6 +348,7 @@ class _FileUpload:
         self._sync()
         key = f"blobs/{digest.algorithm}/{digest.hex[:2]}/{digest.hex}.{os.path.basename(self._path)}"
         self._store._publish(self._path, key)
+        self._published = key
         self._close()
         return key
 

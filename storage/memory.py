@@ -78,6 +78,7 @@ class _MemoryUpload:
         self._store = store
         self._start = checkpoint
         self._is_open = False
+        self._published = ""
 
     @property
     def offset(self) -> int:
@@ -86,6 +87,9 @@ class _MemoryUpload:
     @property
     def is_tidy(self) -> bool:
         return True
+
+    async def undo(self) -> None:
+        await self._store.delete(self._published)
 
     async def write(self, pieces: Sequence[bytes | memoryview], *, last: bool = False) -> None:
         self._open()
@@ -109,6 +113,7 @@ class _MemoryUpload:
         content = self._store._bytes.pop(self._start.key)
         key = f"blobs/{digest.algorithm}/{digest.hex[:2]}/{digest.hex}.{self._start.key.removeprefix('uploads/')}"
         self._store._put(key, content)
+        self._published = key
         return key
 
     async def suspend(self) -> None:

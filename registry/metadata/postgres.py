@@ -94,11 +94,11 @@ class PostgresDatabase:
         self._engine.dispose()
 
     async def _run(self, work: Callable[[Connection], T]) -> T:
-        return await self._threads.run(self._run_here, work)
+        # Whoever waits for a thread is waiting for the database.
+        return await self._threads.run(self._run_here, work, time.monotonic() + _PATIENCE)
 
-    def _run_here(self, work: Callable[[Connection], T]) -> T:
+    def _run_here(self, work: Callable[[Connection], T], end: float) -> T:
         """Run `work` until it is done, or there is no sense in another try."""
-        end = time.monotonic() + _PATIENCE
         pause, meetings = _PAUSE, 0
         while True:
             try:

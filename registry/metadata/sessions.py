@@ -169,6 +169,12 @@ def advance(connection: Connection, session_id: str, writer: str, checkpoint: Ch
         raise BlobUploadUnknown
 
 
+def renew(connection: Connection, session_id: str, writer: str) -> bool:
+    """Make a claim begin anew; False where `writer` has it no more."""
+    held = and_(upload_session.c.id == session_id, upload_session.c.writer == writer)
+    return bool(connection.execute(update(upload_session).where(held).values(claimed_at=now())).rowcount)
+
+
 def remove(connection: Connection, session_id: str, repository: RepositoryName) -> None:
     """End a session whose bytes nobody needs, or raise `BlobUploadUnknown`."""
     ended = delete(upload_session).where(upload_session.c.id == session_id, upload_session.c.repository == repository)

@@ -4,10 +4,13 @@ import asyncio
 import secrets
 from collections.abc import Awaitable, Callable
 from itertools import pairwise
+from typing import Any
 
 import pytest
 
 from registry.config import Settings
+from registry.contents import Contents
+from registry.errors import MetadataUnavailable
 from storage.digest import HEX_LENGTH
 from tests.content import Client, Pusher, digest_of, make_image
 from tests.registry.talk import Answer, ask, begin, in_pieces, stored
@@ -159,3 +162,31 @@ async def test_an_image_is_pushed_and_pulled(client: Client, algorithm: str) -> 
     assert pulled.headers["Docker-Content-Digest"] == image.digest
     for digest, blob in zip(digests, image.blobs, strict=True):
         assert (await ask(client, "GET", f"/v2/org/team/app/blobs/{digest}")).body == blob
+
+
+@pytest.mark.parametrize("is_written", [False, True], ids=["never written", "written all the same"])
+async def test_a_row_whose_fate_is_unknown_costs_no_bytes(
+    client: Client, monkeypatch: pytest.MonkeyPatch, is_written: bool
+) -> None:
+    finish = Contents.finish_upload
+
+    async def lose_answer(self: Contents, *args: Any, **kwargs: Any) -> bool:
+        monkeypatch.setattr(Contents, "finish_upload", finish)
+        if is_written:
+            await finish(self, *args, **kwargs)
+        raise MetadataUnavailable("the database was lost during a commit")
+
+    content = secrets.token_bytes(300_000)
+    digest = digest_of(content)
+    location = await begin(client)
+    assert (await ask(client, "PATCH", location, data=in_pieces(content, 50_000))).status == 202
+    monkeypatch.setattr(Contents, "finish_upload", lose_answer)
+    assert (await ask(client, "PUT", f"{location}?digest={digest}")).status == 503
+    again = await ask(client, "PUT", f"{location}?digest={digest}")
+    if again.status == 404:
+        # Over, or its bytes were taken back: whoever is told so looks whether it is there, and pushes it if not.
+        if not is_written:
+            await Pusher(client).blob(content)
+    else:
+        assert again.status == 201
+    assert (await ask(client, "GET", f"/v2/org/team/app/blobs/{digest}")).body == content

@@ -21,7 +21,8 @@ import requests
 from storage.base import Checkpoint, Upload
 from storage.digest import Digest
 from storage.errors import ContentMissing, DigestMismatch, OutOfSpace, StoreUnavailable, UploadLost
-from storage.s3 import S3Store, _State, grown
+from storage.parts import State, grown
+from storage.s3 import S3Store
 from tests.conftest import Bucket, needs
 from tests.services.faults import FaultyProxy
 from tests.services.messages import Kind
@@ -166,7 +167,7 @@ async def test_what_was_loose_and_a_last_piece_are_one_object(store: S3Store, pr
 
 def without_hash(checkpoint: Checkpoint) -> Checkpoint:
     """Return what a Python that cannot save a hash would have noted."""
-    state = msgspec.msgpack.decode(checkpoint.state, type=_State)
+    state = msgspec.msgpack.decode(checkpoint.state, type=State)
     assert state.hashed
     state.hashed = b""
     return replace(checkpoint, state=msgspec.msgpack.encode(state))
@@ -231,13 +232,13 @@ async def test_many_uploads_at_once_keep_within_the_memory_they_are_given(open_s
         upload = store.resume(store.begin(f"upload-{number}", "sha256"))
         for start in range(0, len(LARGE), 2 * MIB):
             await upload.write([LARGE[start : start + 2 * MIB]])
-            most = max(most, store._memory._used)
+            most = max(most, store._shared.memory._used)
         return await upload.commit(Digest.of(LARGE))
 
     async with asyncio.timeout(60):
         pushed = await asyncio.gather(*map(push, range(8)))
     assert most <= 32 * MIB
-    assert store._memory._used == 0
+    assert store._shared.memory._used == 0
     assert await read(store, pushed[3], 0, len(LARGE)) == LARGE
 
 
@@ -250,7 +251,7 @@ async def test_slow_uploads_that_hold_bytes_do_not_keep_others_waiting(open_stor
         for upload in slow:
             await upload.write([LARGE[4 * MIB - 1 : 9 * MIB]])
             assert await upload.commit(Digest.of(LARGE[: 9 * MIB]))
-    assert store._memory._used == 0
+    assert store._shared.memory._used == 0
 
 
 # --- others ---------------------------------------------------------------------------------------------
