@@ -162,7 +162,9 @@ def check_data_directory(data: Path) -> None:
     for path in data.rglob("*"):
         relative = path.relative_to(data)
         assert not path.is_symlink()
-        assert relative.parts[0] in ("blobs", "uploads", "hythe.lock") or relative.name.startswith("hythe.db"), relative
+        assert relative.parts[0] in ("blobs", "uploads", "hythe.lock", "registry") or relative.name.startswith(
+            "hythe.db"
+        ), relative
         if path.is_file() and relative.parts[0] == "blobs":
             _, algorithm, two, name = relative.parts
             expected = hashlib.new(algorithm, path.read_bytes()).hexdigest()

@@ -156,6 +156,8 @@ class FaultyProxy:
         self.requests.append(seen)
         fault = self._take(seen.kind)
         if fault.act == "hang":
+            # Read first: a client that gives up could not be rid of what it still has to send.
+            await _take_body(head, reader, writer)
             await asyncio.sleep(fault.seconds)
             raise _Cut
         if fault.act == "fail":
@@ -225,13 +227,18 @@ async def _answer(
     return not (request.closes or head.closes or head.is_endless(request.line[0]))
 
 
+async def _take_body(head: Head, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """Read the body of a request, to throw it away."""
+    if head.expects:
+        writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+    async for _ in head.body(reader):
+        pass
+
+
 async def _refuse(fault: _Fault, head: Head, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
     """Answer in the server's stead."""
     if fault.read_body:
-        if head.expects:
-            writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        async for _ in head.body(reader):
-            pass
+        await _take_body(head, reader, writer)
     body = f"<?xml version='1.0' encoding='UTF-8'?><Error><Code>{fault.code}</Code><Message>so said</Message></Error>"
     fields = f"Content-Type: application/xml\r\nContent-Length: {len(body)}\r\n"
     fields += "" if fault.read_body else "Connection: close\r\n"
