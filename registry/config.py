@@ -62,7 +62,7 @@ class S3Settings(_Table, frozen=True):
     session_token: str = ""
     ca_file: str = ""
     part_bytes: Annotated[int, Meta(ge=5 << 20, le=1 << 30)] = 16 << 20
-    buffer_bytes: Annotated[int, Meta(ge=32 << 20)] = 128 << 20
+    buffer_bytes: Annotated[int, Meta(ge=32 << 20)] = 96 << 20
     timeout_seconds: Annotated[int, Meta(ge=1, le=120)] = 30
 
 

@@ -50,7 +50,7 @@ class S3Store:
         session_token: str = "",
         ca_file: str = "",
         part_bytes: int = 16 << 20,
-        buffer_bytes: int = 128 << 20,
+        buffer_bytes: int = 96 << 20,
         timeout_seconds: float = 30,
     ) -> None:
         """Keep everything in `bucket`, which must exist."""
