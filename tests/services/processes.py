@@ -14,13 +14,31 @@ import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 
-def free_port() -> int:
-    """Return a port on loopback that nobody listens on now."""
+class Host(Protocol):
+    """Where a program runs that is to have a network of its own. [tests/services/network.py]"""
+
+    @property
+    def address(self) -> str:
+        """Its address, for us."""
+
+    def inside(self, command: Sequence[str]) -> list[str]:
+        """Return `command` such that it runs there."""
+
+
+def free_port(host: str = "127.0.0.1") -> int:
+    """Return a port that nobody listens on now, on loopback or on another address of ours."""
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+        probe.bind((host, 0))
         return int(probe.getsockname()[1])
+
+
+def is_open(port: int, host: str = "127.0.0.1") -> bool:
+    """Return whether somebody listens there."""
+    with socket.socket() as probe:
+        return probe.connect_ex((host, port)) == 0
 
 
 def wait_until(is_true: object, what: str, seconds: float = 20) -> None:
@@ -106,12 +124,13 @@ class HytheServer(Program):
     """A `hythe serve` of its own process, on a free port."""
 
     data: Path = Path()
+    host: str = "127.0.0.1"
     port: int = 0
 
     @property
     def address(self) -> str:
         """`HOST:PORT`, as it stands before an image's name."""
-        return f"127.0.0.1:{self.port}"
+        return f"{self.host}:{self.port}"
 
     @property
     def url(self) -> str:
@@ -130,18 +149,24 @@ class HytheServer(Program):
 
 @contextlib.contextmanager
 def hythe_server(
-    directory: Path, *arguments: str, environment: Mapping[str, str] | None = None, start: bool = True
+    directory: Path,
+    *arguments: str,
+    environment: Mapping[str, str] | None = None,
+    start: bool = True,
+    host: Host | None = None,
 ) -> Iterator[HytheServer]:
     """Run `hythe serve` with its data in `directory` and more arguments, while the block lasts.
 
-    `environment` may name another database, or another store.
+    `environment` may name another database, or another store; `host` a network namespace to run in.
     """
-    port = free_port()
+    address = host.address if host else "127.0.0.1"
+    port = 5000 if host else free_port()
     data = directory / "data"
     environment = {"HYTHE_STORAGE__FILESYSTEM__ROOT": str(data), **(environment or {})}
     environment.setdefault("HYTHE_DATABASE__URL", f"sqlite:///{data / 'hythe.db'}")
-    command = [sys.executable, "-m", "hythe", "serve", "--listen", f"127.0.0.1:{port}", *arguments]
-    server = HytheServer(command, directory / "hythe.log", environment, data=data, port=port)
+    command = [sys.executable, "-m", "hythe", "serve", "--listen", f"{address}:{port}", *arguments]
+    command = host.inside(command) if host else command
+    server = HytheServer(command, directory / "hythe.log", environment, data=data, host=address, port=port)
     try:
         if start:
             server.start()

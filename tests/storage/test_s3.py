@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import os
 import secrets
-import socket
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import aclosing
@@ -26,7 +25,7 @@ from storage.s3 import S3Store
 from tests.conftest import Bucket, needs
 from tests.services.faults import FaultyProxy
 from tests.services.messages import Kind
-from tests.services.processes import Program, free_port, run, wait_until
+from tests.services.processes import Program, free_port, is_open, run, wait_until
 from tests.services.s3 import needs_ceph, needs_juicefs
 from tests.storage.conftest import begun, keys, read, resumed, uploads
 
@@ -484,11 +483,6 @@ http {{
     }}
 }}
 """
-
-
-def is_open(port: int) -> bool:
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 @pytest.fixture
