@@ -179,7 +179,8 @@ class Bucket:
     async def _read(self, key: str, start: int, stop: int) -> AsyncGenerator[bytes, None]:
         url = await self._sign(self._client, "get_object", {"Key": self._prefix + key}, _SIGNED_SECONDS)
         self.requests["GetObject"] += 1
-        async with self._http().get(url, headers={"Range": f"bytes={start}-{stop - 1}"}) as response:
+        headers = {"Range": f"bytes={start}-{stop - 1}"}
+        async with self._http().get(url, headers=headers, allow_redirects=False) as response:
             # A server that knows no ranges would send the beginning.
             if response.status != 206 and (response.status != 200 or start):
                 await _refuse("GetObject", response)
@@ -300,7 +301,7 @@ class Bucket:
             self.requests[kind] += 1
             async with asyncio.timeout(self._timeout) as limit:
                 body = _flow(pieces, limit, self._timeout)
-                async with self._http().put(url, data=body, headers=headers) as response:
+                async with self._http().put(url, data=body, headers=headers, allow_redirects=False) as response:
                     if response.status != 200:
                         await _refuse(kind, response)
                     await response.read()
@@ -379,6 +380,9 @@ def _meaning(kind: str, status: int, code: str) -> StorageError:
 
 
 def _said(error: BaseException) -> str:
+    if isinstance(error, aiohttp.ClientResponseError):
+        # As a text it has the address, which is signed.
+        return f"the answer cannot be read: {error.message or type(error).__name__}"
     return str(error) or type(error).__name__
 
 

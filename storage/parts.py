@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import secrets
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Final
@@ -114,18 +114,16 @@ class Memory:
         """Wait until there is room for `size` more bytes of `upload`, whose lock is held.
 
         Raises:
-            StorageError: what would make room cannot be stored.
+            StorageError: what this upload holds cannot be stored. That of another one is told to its own writer.
         """
         while self._used and self._used + size > self._limit:
             idle = [each for each in self._uploads if each is upload or not each.lock.locked()]
             landed = next((each for each in idle if each.has_landed), None)
             largest = max(self._uploads, key=lambda each: each.buffered)
             if landed is not None:
-                async with nullcontext() if landed is upload else landed.lock:
-                    await landed.settle()
+                await (landed.settle() if landed is upload else landed.oblige(landed.settle))
             elif largest in idle and largest.buffered:
-                async with nullcontext() if largest is upload else largest.lock:
-                    await largest.put_away()
+                await (largest.put_away() if largest is upload else largest.oblige(largest.put_away))
             else:
                 # Bytes are on their way already, or their writer, who waits here too, will see to them.
                 self._changed.clear()
@@ -182,10 +180,9 @@ class S3Upload:
         self._finished = ""
         self._is_doubtful = False
         self._is_begun = self._is_over = False
+        self._failure: StorageError = UploadLost("this upload was let go of")
         #: Held by whoever changes any of this: the request, or one that needs memory.
         self.lock = asyncio.Lock()
-        #: Bytes in memory that are not on their way.
-        self.buffered = 0
 
     @property
     def offset(self) -> int:
@@ -194,6 +191,11 @@ class S3Upload:
     @property
     def is_tidy(self) -> bool:
         return not self._stored.has_strays
+
+    @property
+    def buffered(self) -> int:
+        """Bytes in memory that are not on their way."""
+        return _size(self._pieces)
 
     async def write(self, pieces: Sequence[bytes | memoryview], *, last: bool = False) -> None:
         async with self._held():
@@ -226,7 +228,11 @@ class S3Upload:
         return key
 
     async def undo(self) -> None:
-        """Nothing is taken back: the checkpoint names the same object, and may have been handed to somebody else."""
+        """Nothing is taken back, but the next to finish this upload knows that there is more of it.
+
+        The checkpoint may name the same object, and may have been handed to somebody else.
+        """
+        self._stored.has_strays = True
 
     async def suspend(self) -> None:
         async with self.lock:
@@ -251,8 +257,7 @@ class S3Upload:
             is_part = self._stored.parts or self._flying or loose_size or not ends
             least = grown(_LEAST_PART, self._number)
             if is_part and self.buffered + loose_size >= least:
-                pieces, self._pieces = self._pieces, []
-                await self._launch(pieces)
+                await self._launch(len(self._pieces))
             else:
                 await self._land(to=0)
                 await self._put_loose()
@@ -267,11 +272,22 @@ class S3Upload:
         """Let go of what has arrived. Whoever calls this holds the lock."""
         await self._land(to=_FLYING)
 
+    async def oblige(self, step: Callable[[], Awaitable[None]]) -> None:
+        """Do a step for another upload, which needs the room. If it fails, it is over with this one, not with that."""
+        async with self.lock:
+            if self._is_over:
+                return
+            try:
+                await step()
+            except StorageError as error:
+                self._failure = error
+                await self._let_go()
+
     @contextlib.asynccontextmanager
     async def _held(self) -> AsyncIterator[None]:
         async with self.lock:
             if self._is_over:
-                raise UploadLost("this upload was let go of")
+                raise self._failure
             if not self._is_begun:
                 self._begin()
             yield
@@ -303,11 +319,13 @@ class S3Upload:
     async def _let_go(self) -> None:
         """Forget all that is in memory. Whoever calls this holds the lock."""
         self._is_over = True
-        await self._take_back()
-        self._shared.memory.give(self.buffered)
-        self._pieces, self.buffered = [], 0
-        self._shared.memory.leave(self)
-        self._shared.held.discard(self._name)
+        try:
+            await self._take_back()
+        finally:
+            self._shared.memory.give(self.buffered)
+            self._pieces = []
+            self._shared.memory.leave(self)
+            self._shared.held.discard(self._name)
 
     # -- from the client to memory
 
@@ -319,10 +337,15 @@ class S3Upload:
         if self._finished:
             raise StorageError("this upload was finished to be read, and cannot go on")
         await self._shared.memory.take(self, size)
-        await self._shared.threads.run(_keep, pieces, self._pieces, self._offset, self._hasher)
-        self.buffered += size
-        self._offset += size
-        self._verified = None
+        before = self.buffered
+        try:
+            await self._shared.threads.run(_keep, pieces, self._pieces, self._offset, self._hasher)
+        finally:
+            # A thread is not cancelled with its request: what it hashed is there.
+            kept = self.buffered - before
+            self._offset += kept
+            self._verified = None
+            self._shared.memory.give(size - kept)
 
     def _is_part_due(self) -> bool:
         return self.buffered + self._stored.loose_size >= self._part_size + _LEAST_PART
@@ -336,37 +359,35 @@ class S3Upload:
     def _part_size(self) -> int:
         return grown(self._stored.part_size or self._shared.part_size, self._number)
 
-    def _cut(self) -> list[_Piece]:
-        """Take the next part out of the buffer; what stays could be the last one, and any other one too."""
+    def _cut(self) -> int:
+        """Return how many pieces make the next part; what stays could be the last one, and any other one too."""
         wanted = self._part_size - self._stored.loose_size
         size = count = 0
         while size < wanted or not count:
             size += len(self._pieces[count].content)
             count += 1
-        cut, self._pieces = self._pieces[:count], self._pieces[count:]
-        return cut
+        return count
 
     # -- from memory to the store
 
-    async def _launch(self, pieces: list[_Piece]) -> None:
-        """Send pieces, and what is loose before them, as the next part; waits for another one if there are many."""
+    async def _launch(self, count: int) -> None:
+        """Send the first pieces, and what is loose before them, as the next part; waits for another if there are many.
+
+        The pieces are in the buffer or on their way, whatever fails and whenever the request is cancelled.
+        """
         # Where something is loose nothing is on its way, and what takes it in is alone there.
         async with self._shared.fetching if self._stored.loose else nullcontext():
-            try:
-                await self._begin_parts()
-                before = await self._fetch_loose()
-            except BaseException:
-                self._pieces = pieces + self._pieces
-                raise
+            await self._begin_parts()
+            before = await self._fetch_loose()
             taken = self._stored.loose
             number = self._number + 1
+            pieces, self._pieces = self._pieces[:count], self._pieces[count:]
             contents: list[bytes | bytearray] = [*before, *(piece.content for piece in pieces)]
             sending = asyncio.create_task(
                 self._bucket.put_part(self._stored.target, self._stored.upload_id, number, contents)
             )
             sending.add_done_callback(self._see)
             self._flying.append(_Part(pieces, sending, taken))
-            self.buffered -= _size(pieces)
             self._shared.memory.change()
             await self._land(to=0 if taken else _FLYING - 1)
 
@@ -389,7 +410,7 @@ class S3Upload:
             part = self._flying[0]
             try:
                 tag = await asyncio.shield(part.sending)
-            except (StorageError, asyncio.CancelledError):
+            except BaseException:
                 await self._take_back()
                 raise
             self._flying.pop(0)
@@ -404,12 +425,10 @@ class S3Upload:
     async def _take_back(self) -> None:
         """Make pieces of all parts that are on their way; they will be sent again, with the same numbers."""
         flying, self._flying = self._flying, []
+        self._pieces = [piece for part in flying for piece in part.pieces] + self._pieces
         for part in flying:
             part.sending.cancel()
         await asyncio.gather(*(part.sending for part in flying), return_exceptions=True)
-        back = [piece for part in flying for piece in part.pieces]
-        self._pieces = back + self._pieces
-        self.buffered += _size(back)
 
     async def _put_loose(self) -> None:
         """Put what is in memory as an object of its own. Nothing is on its way."""
@@ -417,7 +436,7 @@ class S3Upload:
         self._stored.loose.append((key, self.buffered))
         self._stored.hashed = self._pieces[-1].hashed
         self._shared.memory.give(self.buffered)
-        self._pieces, self.buffered = [], 0
+        self._pieces = []
 
     async def _put(self, contents: Sequence[bytes | bytearray]) -> str:
         key = _new_key(self._name)
@@ -477,6 +496,9 @@ class S3Upload:
     async def _finish(self) -> str:
         """Make one object of all there is and return its key."""
         if not self._finished:
+            size = self._stored.size + sum(part.size for part in self._flying) + self.buffered
+            if size != self._offset:
+                raise UploadLost(f"{self._offset} bytes were received, {size} are left")
             if self._stored.parts or self._flying:
                 self._finished = await self._finish_parts()
             else:
@@ -497,9 +519,8 @@ class S3Upload:
 
     async def _finish_parts(self) -> str:
         if self._pieces or self._stored.loose:
-            pieces, self._pieces = self._pieces, []
             await self._land(to=0)
-            await self._launch(pieces)
+            await self._launch(len(self._pieces))
         await self._land(to=0)
         stored = self._stored
         try:

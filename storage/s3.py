@@ -99,10 +99,13 @@ class S3Store:
             raise
 
     async def delete(self, key: str) -> None:
-        if key.startswith("uploads/"):
-            await self.forget(key.removeprefix("uploads/"))
-        else:
+        if not key.startswith("uploads/"):
             await self.bucket.delete(key)
+            return
+        # The parts alone: what became of the others is an object, under its own key.
+        async for found in self.bucket.unfinished("blobs/"):
+            if f"uploads/{_upload_of(found.key)}" == key:
+                await self.bucket.abort(found.key, found.upload_id)
 
     async def forget(self, name: str, kept: str | None = None) -> None:
         async for found in self.bucket.unfinished(prefix(name)):
@@ -175,7 +178,11 @@ class _Brought:
                 await self._bucket.abort(self._key, self._upload_id)
 
     async def _send(self) -> None:
-        self._upload_id = self._upload_id or await self._bucket.create(self._key)
+        if not self._upload_id:
+            # What one before us began, and did not live to end.
+            async for found in self._bucket.unfinished(self._key):
+                await self._bucket.abort(found.key, found.upload_id)
+            self._upload_id = await self._bucket.create(self._key)
         number = len(self._tags) + 1
         self._tags.append(await self._bucket.put_part(self._key, self._upload_id, number, self._held))
         self._held, self._size = [], 0

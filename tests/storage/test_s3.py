@@ -253,7 +253,93 @@ async def test_slow_uploads_that_hold_bytes_do_not_keep_others_waiting(open_stor
     assert store._shared.memory._used == 0
 
 
+async def test_an_upload_that_cannot_be_put_away_harms_none_that_needs_its_room(
+    open_store: Open, proxy: FaultyProxy
+) -> None:
+    store = open_store(buffer_bytes=8 * MIB, part_bytes=16 * MIB)
+    broken = await begun(store, LARGE[: 7 * MIB], "broken")
+    proxy.fail("CreateMultipartUpload", 1000, 403, "AccessDenied")
+    good = await begun(store, SMALL, "good")
+    await good.write([LARGE[: 2 * MIB]])
+    assert await good.commit(Digest.of(SMALL + LARGE[: 2 * MIB]))
+    with pytest.raises(StoreUnavailable, match="AccessDenied"):
+        await broken.write([SMALL])
+    await broken.suspend()
+    assert broken.checkpoint().offset == 0
+    assert store._shared.memory._used == 0
+
+
+# --- requests that end at any moment --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["CreateMultipartUpload", "UploadPart", "PutObject", "CompleteMultipartUpload"])
+@pytest.mark.parametrize("loose", [0, 1000], ids=["from the start", "after a loose object"])
+async def test_an_upload_whose_request_was_cancelled_anywhere_is_whole_afterwards(
+    open_store: Open, proxy: FaultyProxy, kind: Kind, loose: int
+) -> None:
+    store = open_store(timeout_seconds=20)
+    content = LARGE[: 12 * MIB] if kind != "PutObject" else LARGE[:MIB]
+    upload = await resumed(store, await sent(store, content[:loose]))
+    proxy.requests.clear()
+    proxy.slow("UploadPart", 40 * MIB)
+    proxy.hang(kind, seconds=0.3)
+
+    async def go_on() -> str:
+        await send(upload, content[upload.offset :])
+        return await upload.commit(Digest.of(content))
+
+    request = asyncio.create_task(go_on())
+    async with asyncio.timeout(10):
+        while kind not in kinds(proxy):  # noqa: ASYNC110 - what is waited for is a request at a server
+            await asyncio.sleep(0.005)
+    request.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await request
+    proxy.clear()
+    await upload.suspend()
+    checkpoint = upload.checkpoint()
+    assert store._shared.memory._used == 0
+    again = store.resume(checkpoint)
+    await send(again, content[checkpoint.offset :])
+    await check(store, await again.commit(Digest.of(content)), content)
+
+
+async def test_bytes_that_are_hashed_while_their_request_is_cancelled_are_counted(store: S3Store) -> None:
+    upload = await begun(store, SMALL)
+    writing = asyncio.create_task(upload.write([LARGE[: 4 * MIB]]))
+    await asyncio.sleep(0)
+    writing.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await writing
+    content = SMALL + LARGE[: upload.offset - len(SMALL)]
+    await check(store, await upload.commit(Digest.of(content)), content)
+
+
+async def test_a_part_that_fails_takes_nothing_of_the_rest_with_it(store: S3Store, proxy: FaultyProxy) -> None:
+    upload = await begun(store)
+    proxy.fail("UploadPart", 1000)
+    await upload.write([LARGE[: 11 * MIB]])
+    with pytest.raises(StoreUnavailable):
+        await upload.commit(Digest.of(LARGE[: 11 * MIB]))
+    proxy.clear()
+    await check(store, await upload.commit(Digest.of(LARGE[: 11 * MIB])), LARGE[: 11 * MIB])
+
+
 # --- others ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [3000, len(LARGE)], ids=["an object", "parts"])
+async def test_what_is_left_in_parts_goes_without_the_blob_that_came_of_the_same_upload(
+    bucket: Bucket, store: S3Store, size: int
+) -> None:
+    key = await store.resume(await sent(store, LARGE[:size])).commit(Digest.of(LARGE[:size]))
+    with contextlib.closing(bucket.server.client()) as client:
+        client.create_multipart_upload(Bucket=bucket.name, Key=f"{store.bucket._prefix}blobs/on/one.ffffffff")
+    left = {found.key async for found in store.objects()} - {key}
+    assert left == {"uploads/one"}
+    await store.delete("uploads/one")
+    assert await keys(store) == {key}
+    assert await read(store, key, 0, size) == LARGE[:size]
 
 
 @pytest.mark.parametrize("size", [2000, 12 * MIB], ids=["an object", "parts"])
@@ -405,6 +491,22 @@ async def test_credentials_that_are_refused_are_said_to_be_so(
         assert "s3cret" not in str(raised.value)
 
 
+async def test_an_answer_that_cannot_be_read_is_told_without_what_is_secret() -> None:
+    async def garble(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"nonsense\r\n\r\n")
+        writer.close()
+
+    async with await asyncio.start_server(garble, "127.0.0.1", 0) as server:
+        endpoint = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        store = S3Store(bucket="b", endpoint=endpoint, access_key="key", secret_key="s3cret", timeout_seconds=1)
+        for attempt in (read(store, "x", 0, 9), store.probe()):
+            with pytest.raises(StoreUnavailable) as raised:
+                await attempt
+            assert "X-Amz" not in str(raised.value)
+        await store.close()
+
+
 # --- addresses ------------------------------------------------------------------------------------------
 
 
@@ -454,6 +556,15 @@ async def test_what_is_brought_wrong_or_not_whole_is_not_there(store: S3Store, c
     with pytest.raises(ContentMissing):
         await store.bring(BROUGHT, Digest.of(content), flow(content, cut=len(content) - MIB))
     assert await keys(store) == set()
+
+
+async def test_what_was_begun_to_be_brought_and_never_was_is_gone_when_it_is(bucket: Bucket, store: S3Store) -> None:
+    with contextlib.closing(bucket.server.client()) as client:
+        for _ in range(2):
+            client.create_multipart_upload(Bucket=bucket.name, Key=store.bucket._prefix + BROUGHT)
+    assert await keys(store) == {"uploads/one"}
+    await store.bring(BROUGHT, Digest.of(LARGE), flow(LARGE))
+    assert await keys(store) == {BROUGHT}
 
 
 # --- ways to a bucket -----------------------------------------------------------------------------------
