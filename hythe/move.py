@@ -15,7 +15,7 @@ from registry.app import open_facts, open_store
 from registry.config import Settings, check_s3
 from registry.copying import Copied, copy_store
 from registry.errors import ConfigurationError, MetadataError
-from registry.lock import exclusive
+from registry.lock import held
 from registry.metadata.copying import copy_database
 from registry.metadata.schema import upgrade
 from registry.metadata.sqlite import sqlite_path
@@ -98,7 +98,7 @@ def copy_facts(source: str, target: str) -> Result:
     directories = dict.fromkeys(path.parent for path in files)
     progress = Progress()
     # Nobody may write meanwhile: what he was told is kept would not be.
-    with exclusive([directory / "hythe.lock" for directory in directories]):
+    with held([directory / "hythe.lock" for directory in directories]):
         for url in (source, target):
             upgrade(url)
         rows = copy_database(source, target, lambda table, done, total: progress.say(f"{table}: {done} of {total}"))

@@ -33,7 +33,7 @@ from registry.record import Recorder
 from registry.referrers import Referrers
 from registry.routes import Endpoint
 from registry.sessions import Sessions
-from registry.sweeper import Sweeper
+from registry.sweeper import Doubt, Sweeper
 from registry.transfer import Receiver, Sender
 from registry.uploads import Uploads
 from storage.base import Store
@@ -52,14 +52,14 @@ class Process:
     Attributes:
         alone: no other process writes to the database.
         is_first: it also does what one process must do for all: sweeping.
-        recover: the last run did not end well; what it left is older than this. Seconds since the epoch.
+        doubt: what the last run may have left, where it did not end well.
         shared: a directory for what the processes tell each other.
         affinity: which processor its threads keep to.
     """
 
     alone: bool = True
     is_first: bool = True
-    recover: float | None = None
+    doubt: Doubt | None = None
     shared: Path | None = None
     affinity: Affinity = field(default_factory=lambda: Affinity(enabled=False))
 
@@ -134,7 +134,7 @@ def build(settings: Settings, *, process: Process | None = None, store: Store | 
             stack.push_async_callback(sender.close)
             stack.push_async_callback(fresh.close)
             stack.push_async_callback(sweeper.stop)
-            await sweeper.start(first=process.is_first, recover=process.recover)
+            await sweeper.start(first=process.is_first, doubt=process.doubt)
             ticking = asyncio.create_task(_tick(metrics, access_log, process.affinity))
             stack.push_async_callback(_end, ticking)
             yield

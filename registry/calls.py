@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from typing import Final
 
 from aiohttp import web
 
 from registry.access import Identity
-from registry.errors import ManifestInvalid, ManifestUnknown
+from registry.errors import BlobUploadUnknown, ManifestInvalid, ManifestUnknown
 from storage.digest import Digest
 from storage.errors import InvalidName
 from storage.names import Reference, RepositoryName, parse_reference
+
+#: [RFC 9562, 4] as `str(uuid.uuid4())` writes it.
+_UPLOAD: Final = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +38,12 @@ class Call:
     def digest(self) -> Digest:
         """Return the digest in the path; raises `InvalidDigest`."""
         return Digest.parse(self.argument)
+
+    def upload(self) -> str:
+        """Return the id of the upload in the path; raises `BlobUploadUnknown` for what cannot be one of ours."""
+        if not _UPLOAD.fullmatch(self.argument):
+            raise BlobUploadUnknown
+        return self.argument
 
     def reference(self) -> Reference:
         """Return the tag or digest in the path.

@@ -54,9 +54,16 @@ class Contents:
         self.cache.put(key, found, epoch, ENTRY_SIZE)
         return found
 
-    async def add_blob(self, name: RepositoryName, digest: Digest, stored: StoredBlob) -> bool:
-        """Add a blob; False where one with the same bytes was there before. [registry.metadata.blobs.add]"""
-        return await self._added(name, digest, stored, self._database.write(blobs.add, name, digest, stored))
+    async def add_blob(self, name: RepositoryName, digest: Digest, stored: StoredBlob, untidy: str = "") -> bool:
+        """Add a blob; False where one with the same bytes was there before. [registry.metadata.blobs.add]
+
+        `untidy` is its upload, if the store holds more of that.
+        """
+        if untidy:
+            adding = self._database.write(blobs.add_of, untidy, name, digest, stored)
+        else:
+            adding = self._database.write(blobs.add, name, digest, stored)
+        return await self._added(name, digest, stored, adding)
 
     async def finish_upload(
         self,

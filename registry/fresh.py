@@ -48,6 +48,7 @@ class FreshSession:
         born: by the monotonic clock, in seconds.
         content: what it was sent so far.
         is_taken: a request is finishing it.
+        is_torn: a step of it failed, so the store may hold something of it.
         settling: the task that does so, once begun.
     """
 
@@ -57,6 +58,7 @@ class FreshSession:
     born: float
     content: bytes = b""
     is_taken: bool = False
+    is_torn: bool = False
     settling: asyncio.Task[None] | None = None
 
 
@@ -112,23 +114,13 @@ class FreshSessions:
         return session
 
     def give_back(self, session: FreshSession) -> None:
-        """Let others have a session again."""
+        """Let others have a session again, a step of which failed."""
+        session.is_torn = True
         session.is_taken = False
 
     def forget(self, session: FreshSession) -> None:
         """End a session that was taken."""
         del self._sessions[session.id]
-
-    def cancel(self, session_id: str, repository: RepositoryName) -> bool:
-        """End a session, of which a step that failed may have left bytes.
-
-        False where it is not here; raises as `keep` does.
-        """
-        session = self.take(session_id, repository)
-        if session is None:
-            return False
-        self.forget(session)
-        return True
 
     async def settle(self, session_id: str) -> None:
         """Make a session, if it is here, one like any other.
@@ -175,8 +167,13 @@ class FreshSessions:
                 finally:
                     await upload.suspend()
                 checkpoint = upload.checkpoint()
-            await self._database.note(sessions.create, session.id, session.repository, checkpoint)
+            await self._database.note(
+                sessions.create, session.id, session.repository, checkpoint, is_torn=session.is_torn
+            )
             del self._sessions[session.id]
+        except BaseException:
+            session.is_torn = True
+            raise
         finally:
             session.settling = None
 

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Callable, Coroutine
 from typing import Any, Final
 
+import structlog
 from aiohttp import web
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
@@ -19,6 +20,8 @@ from storage.base import Store
 from storage.errors import StorageError
 
 _PATIENCE: Final = 5.0
+
+log = structlog.get_logger()
 
 
 class Health:
@@ -71,5 +74,7 @@ class Health:
         if error is None:
             return "ok"
         if isinstance(error, MetadataError | StorageError):
-            return f"failed: {error}"
+            # What it is may name what is behind us, and anybody may ask.
+            log.warning("not ready", part=name, error=str(error))
+            return "failed: see the log"
         raise error

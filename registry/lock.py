@@ -17,6 +17,8 @@ _NETWORK_FILESYSTEMS: Final = frozenset(
 )
 #: What the lock file says while a server runs; it stays there only if the server died.
 _RUNNING: Final = b"running\n"
+#: What it says from the next start on, until what the dead one left is cleared away; as long as the other.
+_UNCLEAR: Final = b"unclear\n"
 
 
 def check_local(database: Path, mounts: Path = _MOUNTS) -> None:
@@ -53,9 +55,51 @@ def _filesystem(directory: Path, mounts: Path) -> str:
     return kind
 
 
+class Trace:
+    """What the last server on these directories left of itself, and this one will."""
+
+    def __init__(self, descriptors: list[int]) -> None:
+        """Read it from the lock files, and mark that a server runs."""
+        self._descriptors = descriptors
+        states = [os.pread(descriptor, len(_RUNNING), 0) for descriptor in descriptors]
+        #: One died, and what it left was not cleared away since.
+        self.is_unclear = any(states)
+        self._mark(_UNCLEAR if self.is_unclear else _RUNNING)
+
+    def settle(self) -> None:
+        """Take note that nothing of those who died is left. May be called in a process that was forked."""
+        self._mark(_RUNNING)
+
+    def end(self) -> None:
+        """Take note that this server ended well."""
+        for descriptor in self._descriptors:
+            if os.pread(descriptor, len(_RUNNING), 0) == _RUNNING:
+                os.ftruncate(descriptor, 0)
+
+    def _mark(self, state: bytes) -> None:
+        # On a full disk this fails, and a crash would go unnoticed; pulls are worth more.
+        with contextlib.suppress(OSError):
+            for descriptor in self._descriptors:
+                os.pwrite(descriptor, state, 0)
+
+
 @contextlib.contextmanager
-def exclusive(paths: list[Path]) -> Iterator[bool]:
-    """Hold the locks; yield whether the last holder died without letting go.
+def serving(paths: list[Path]) -> Iterator[Trace]:
+    """Hold the locks as a server does, which leaves a trace if it dies. Raises as `held` does."""
+    with held(paths) as descriptors:
+        trace = Trace(descriptors)
+        try:
+            yield trace
+        except ConfigurationError:
+            # Nothing was served.
+            trace.end()
+            raise
+        trace.end()
+
+
+@contextlib.contextmanager
+def held(paths: list[Path]) -> Iterator[list[int]]:
+    """Hold the locks; yield their descriptors.
 
     The kernel lets go of them when the last process that holds them is gone, however it died.
 
@@ -63,12 +107,11 @@ def exclusive(paths: list[Path]) -> Iterator[bool]:
         ConfigurationError: another server has one of them, or it cannot be made.
     """
     with contextlib.ExitStack() as stack:
-        died = [stack.enter_context(_locked(path)) for path in paths]
-        yield any(died)
+        yield [stack.enter_context(_locked(path)) for path in paths]
 
 
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[bool]:
+def _locked(path: Path) -> Iterator[int]:
     try:
         path.parent.mkdir(mode=0o750, parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640)
@@ -81,18 +124,6 @@ def _locked(path: Path) -> Iterator[bool]:
             raise ConfigurationError(
                 f"another server uses the data in {path.parent}: stop it, or give this one its own with --data"
             ) from None
-        died = os.pread(descriptor, len(_RUNNING), 0) == _RUNNING
-        # On a full disk this fails, and a crash would go unnoticed; pulls are worth more.
-        with contextlib.suppress(OSError):
-            os.pwrite(descriptor, _RUNNING, 0)
-        try:
-            yield died
-        except ConfigurationError:
-            # Nothing was served: what the last run left, if anything, is still to be looked for.
-            if died:
-                raise
-            os.ftruncate(descriptor, 0)
-            raise
-        os.ftruncate(descriptor, 0)
+        yield descriptor
     finally:
         os.close(descriptor)

@@ -17,6 +17,7 @@ from registry.metadata.engine import Database
 from registry.metadata.referrers import Referrer
 from registry.responses import json_response
 from storage.digest import Digest
+from storage.errors import InvalidDigest
 from storage.names import RepositoryName, referrers_tag
 from storage.oci import OCI_INDEX
 
@@ -69,9 +70,17 @@ class Referrers:
             return []
         manifests = msgspec.json.decode(listed.content).get("manifests")
         entries = [entry for entry in manifests if isinstance(entry, dict)] if isinstance(manifests, list) else []
-        digests = [str(entry.get("digest")) for entry in entries]
+        digests = [digest for entry in entries if (digest := _digest(entry))]
         present = await self._database.read(referrers.present, name, digests)
         return [entry for entry in entries if str(entry.get("digest")) in present]
+
+
+def _digest(entry: _Descriptor) -> str:
+    """Return the digest of an entry that a client wrote, empty where it is none."""
+    try:
+        return str(Digest.parse(str(entry.get("digest"))))
+    except InvalidDigest:
+        return ""
 
 
 def _descriptor(row: Referrer) -> _Descriptor:

@@ -23,12 +23,13 @@ from registry.app import ANSWERS, OBSERVER, Process, build, open_facts, open_sto
 from registry.config import Settings
 from registry.errors import ConfigurationError, MetadataError
 from registry.listeners import BACKLOG, address_of, bind
-from registry.lock import check_local, exclusive
+from registry.lock import Trace, check_local, serving
 from registry.logs import configure
-from registry.metadata import identity, sessions
+from registry.metadata import identity, leftovers, sessions
 from registry.metadata.engine import is_shared
 from registry.metadata.schema import upgrade
 from registry.metadata.sqlite import sqlite_path
+from registry.sweeper import Doubt
 from registry.wire import accept
 from registry.workers import STOPPING, supervise
 from storage.base import Store
@@ -58,9 +59,9 @@ def serve(settings: Settings, announce: Callable[[str], None]) -> int:
     configure(settings.log)
     if settings.storage.driver == "filesystem":
         _check_directory(Path(settings.storage.filesystem.root))
-    with exclusive(_lock_files(settings)) as died:
+    with serving(_lock_files(settings)) as trace:
         # Before any worker publishes a file: what is older belongs to the last run.
-        recover = _begin_of_doubt(settings, died=died)
+        doubt = _doubt(settings, trace)
         copy = upgrade(settings.database.url)
         if copy:
             log.info("database upgraded", copy=copy)
@@ -72,7 +73,7 @@ def serve(settings: Settings, announce: Callable[[str], None]) -> int:
 
         if settings.server.workers == 1:
             is_alone = not is_shared(settings.database.url)
-            process = Process(alone=is_alone, recover=recover, affinity=_affinity(settings))
+            process = Process(alone=is_alone, doubt=doubt, affinity=_affinity(settings))
             return _run(_serve(settings, sockets[0], process, ready))
         with tempfile.TemporaryDirectory(prefix="hythe-") as shared:
 
@@ -80,7 +81,7 @@ def serve(settings: Settings, announce: Callable[[str], None]) -> int:
                 process = Process(
                     alone=False,
                     is_first=index == 0,
-                    recover=recover if is_first else None,
+                    doubt=doubt if is_first else None,
                     shared=Path(shared),
                     affinity=_affinity(settings, index),
                 )
@@ -108,13 +109,15 @@ def _lock_files(settings: Settings) -> list[Path]:
     return [directory / "hythe.lock" for directory in dict.fromkeys(directories)]
 
 
-def _begin_of_doubt(settings: Settings, *, died: bool) -> float | None:
-    """Return the time before which stored files without a row are leftovers, None where there can be none."""
+def _doubt(settings: Settings, trace: Trace) -> Doubt | None:
+    """Return what may lie in the store without a row, None where there can be nothing."""
+    is_local = settings.storage.driver == "filesystem"
     if not is_shared(settings.database.url):
-        return time.time() if died else None
+        pause = 0 if is_local else leftovers.GRACE / 1_000_000
+        return Doubt(time.time(), pause, trace.settle) if trace.is_unclear else None
     # Nobody knows whether another server died, so files are looked through at every start, and only what no request
     # can be about any more is taken. An object store need not be: `registry.metadata.leftovers`.
-    return time.time() - _LONG if settings.storage.driver == "filesystem" else None
+    return Doubt(time.time() - _LONG) if is_local else None
 
 
 async def _take_over(settings: Settings) -> None:

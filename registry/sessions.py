@@ -7,14 +7,19 @@ before the client hears 201. Sessions of the last moment have no row: `fresh.py`
 
 from __future__ import annotations
 
+import asyncio
+import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable
-from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Awaitable, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Final
+
+import structlog
 
 from registry.contents import Contents
 from registry.errors import BlobUploadUnknown, MetadataError, MetadataFull, RegistryError
-from registry.fresh import FreshSessions
+from registry.fresh import FreshSession, FreshSessions
 from registry.metadata import blobs, leftovers, sessions
 from registry.metadata.blobs import StoredBlob
 from registry.metadata.engine import Database
@@ -24,8 +29,13 @@ from storage.digest import Digest
 from storage.errors import DigestMismatch, StorageError, UploadLost
 from storage.names import RepositoryName
 
+log = structlog.get_logger()
 
-@dataclass(frozen=True, slots=True)
+#: Seconds after which a claim is renewed before anything is written under it.
+_RENEWAL: Final = sessions.LEASE / 3_000_000
+
+
+@dataclass(slots=True)
 class Claim:
     """A session that one request alone writes to, and its bytes.
 
@@ -34,12 +44,14 @@ class Claim:
         writer: the name of the request in the session's row.
         upload: the bytes.
         is_stored: the bytes that it shall end as were in the store already; False where that was not asked.
+        renewed_at: when it was last sure to be ours, by the monotonic clock, in seconds.
     """
 
     session: Session
     writer: str
     upload: Upload
     is_stored: bool
+    renewed_at: float = field(default_factory=time.monotonic)
 
 
 class Sessions:
@@ -73,10 +85,13 @@ class Sessions:
 
     async def cancel(self, name: RepositoryName, session_id: str) -> None:
         """End a session and delete its bytes, or raise `BlobUploadUnknown`."""
-        if not self._fresh.cancel(session_id, name):
+        session = self._fresh.take(session_id, name)
+        if session is None:
             await self._fresh.settle(session_id)
             await self._database.note(sessions.remove, session_id, name)
-        await self._store.forget(session_id)
+            await self._forget(session_id)
+        else:
+            await self._end_fresh(session)
 
     @asynccontextmanager
     async def claimed(
@@ -96,11 +111,11 @@ class Sessions:
         except DigestMismatch:
             # What arrived is not what was announced: no request can mend that.
             await claim.upload.abandon()
-            await self._end(claim.session)
+            await self._end(claim)
             raise
         except UploadLost as error:
             await claim.upload.abandon()
-            await self._end(claim.session)
+            await self._end(claim)
             raise BlobUploadUnknown(f"this upload cannot go on: {error}") from None
         except BlobUploadUnknown:
             # Somebody ended it, or took it over: then its bytes are not ours any more.
@@ -110,8 +125,19 @@ class Sessions:
         except BaseException:
             # What went wrong first is what is told.
             with suppress(RegistryError, MetadataError, StorageError):
-                await self.let_go(claim)
+                await self._save(claim)
             raise
+
+    async def hold(self, claim: Claim) -> None:
+        """Make sure, before something is written, that the claim is still ours.
+
+        The database is asked only where the claim may have ended: this process was stopped for a while.
+
+        Raises:
+            BlobUploadUnknown: somebody else has the upload, or ended it.
+        """
+        if time.monotonic() - claim.renewed_at > _RENEWAL:
+            await self._renew(claim)
 
     async def note(self, claim: Claim) -> None:
         """Record how far an upload came, and keep it claimed."""
@@ -120,6 +146,7 @@ class Sessions:
 
     async def let_go(self, claim: Claim) -> None:
         """Record how far an upload came, and let others go on with it."""
+        await self.hold(claim)
         try:
             # The bytes first: whoever claims the row next must find all of them, and nobody who holds them.
             await claim.upload.suspend()
@@ -129,11 +156,15 @@ class Sessions:
 
     async def publish(self, claim: Claim, digest: Digest) -> None:
         """End a session as the blob that it must be; raises `DigestMismatch`."""
+        async with self._renewed(claim):
+            await self._publish(claim, digest)
+
+    async def _publish(self, claim: Claim, digest: Digest) -> None:
         await claim.upload.verify(digest)
         session_id, writer, name = claim.session.id, claim.writer, claim.session.repository
         if claim.is_stored and await self._database.write(blobs.finish_with_existing, session_id, writer, name, digest):
             await claim.upload.abandon()
-            await self._store.forget(session_id)
+            await self._forget(session_id)
             return
         key = await claim.upload.commit(digest)
         stored = StoredBlob(key, claim.upload.offset)
@@ -148,7 +179,8 @@ class Sessions:
             await self._undo(claim)
             raise
         if not is_ours:
-            await self._store.delete(key)
+            with _logged(key):
+                await self._store.delete(key)
 
     async def publish_fresh(self, name: RepositoryName, session_id: str, last: bytes, digest: Digest) -> bool:
         """Append `last` to a fresh session and end it as a blob; False where it is not fresh any more.
@@ -163,13 +195,12 @@ class Sessions:
         upload = self._store.resume(session.start)
         try:
             key = await upload.commit(digest, [piece for piece in (session.content, last) if piece])
-            await self._add(key, self._contents.add_blob(name, digest, StoredBlob(key, upload.offset)))
+            untidy = session_id if session.is_torn or not upload.is_tidy else ""
+            await self._add(key, self._contents.add_blob(name, digest, StoredBlob(key, upload.offset), untidy))
         except DigestMismatch:
-            try:
-                await upload.abandon()
-                await self._store.forget(session_id)
-            finally:
-                self._fresh.forget(session)
+            await upload.abandon()
+            await self._end_fresh(session)
+            await self._forget(session_id)
             raise
         except BaseException:
             # What it was sent before is still here, and will be written again.
@@ -184,20 +215,77 @@ class Sessions:
     async def _claim(self, name: RepositoryName, session_id: str, digest: Digest | None) -> Claim:
         await self._fresh.settle(session_id)
         writer = str(uuid.uuid4())
-        session, is_stored = await self._database.note(sessions.claim, session_id, name, writer, digest)
+        try:
+            session, is_stored = await self._database.note(sessions.claim, session_id, name, writer, digest)
+        except MetadataError:
+            # It may be ours all the same, where only the answer got lost.
+            with suppress(MetadataError):
+                await self._database.note(sessions.release, session_id, writer)
+            raise
         return Claim(session, writer, self._store.resume(session.checkpoint), is_stored)
 
-    async def _end(self, session: Session) -> None:
-        """End a session whose bytes are of no use, unless it is over: then they may have become a blob."""
-        with suppress(BlobUploadUnknown):
-            await self._database.note(sessions.remove, session.id, session.repository)
+    async def _save(self, claim: Claim) -> None:
+        """Keep what a request that failed has received, if the session is still its own."""
+        try:
+            await self._renew(claim)
+        except BaseException:
+            await claim.upload.abandon()
+            raise
+        await self.let_go(claim)
+
+    async def _end(self, claim: Claim) -> None:
+        """End a session whose bytes are of no use, unless it is somebody else's, or over: a blob may have come of it.
+
+        What went wrong is told, not that this does.
+        """
+        session = claim.session
+        with suppress(BlobUploadUnknown), _logged(session.id):
+            await self._database.note(sessions.remove, session.id, session.repository, claim.writer)
             await self._store.forget(session.id)
+
+    async def _end_fresh(self, session: FreshSession) -> None:
+        """End a session that has no row, and nothing in the store unless it is torn."""
+        if session.is_torn:
+            with _logged(session.id):
+                await self._database.note(leftovers.add, [session.id])
+            await self._forget(session.id)
+        self._fresh.forget(session)
+
+    async def _forget(self, session_id: str) -> None:
+        """Delete the bytes of an upload that is over; a row says so, and brings them back to mind if this fails."""
+        with _logged(session_id):
+            await self._store.forget(session_id)
 
     async def _forget_if_over(self, session_id: str) -> None:
         """Delete what we wrote to an upload after somebody had ended it."""
-        leftover = await self._database.read(leftovers.find, session_id)
-        if leftover is not None:
-            await self._store.forget(*leftover)
+        with _logged(session_id):
+            leftover = await self._database.read(leftovers.find, session_id)
+            if leftover is not None:
+                await self._store.forget(*leftover)
+
+    async def _renew(self, claim: Claim) -> None:
+        began = time.monotonic()
+        if not await self._database.note(sessions.renew, claim.session.id, claim.writer):
+            raise BlobUploadUnknown
+        claim.renewed_at = began
+
+    @asynccontextmanager
+    async def _renewed(self, claim: Claim) -> AsyncIterator[None]:
+        """Keep a claim for as long as the block takes: to hash again what is large, or to join its parts."""
+
+        async def renew_always() -> None:
+            while True:
+                await asyncio.sleep(_RENEWAL)
+                # A claim that is lost is noticed by the last step.
+                with suppress(MetadataError, BlobUploadUnknown):
+                    await self._renew(claim)
+
+        renewing = asyncio.create_task(renew_always())
+        try:
+            await self.hold(claim)
+            yield
+        finally:
+            renewing.cancel()
 
     async def _undo(self, claim: Claim) -> None:
         """Take back what was published, if its row is not there and never will be: the session still is.
@@ -215,9 +303,19 @@ class Sessions:
             is_ours = await adding
         finally:
             if not is_ours:
-                await self._drop(key)
+                with _logged(key):
+                    await self._drop(key)
 
     async def _drop(self, key: str) -> None:
         """Delete bytes that nobody needs, unless a row came to name them all the same."""
         if key not in await self._database.read(blobs.known_keys, [key]):
             await self._store.delete(key)
+
+
+@contextmanager
+def _logged(name: str) -> Iterator[None]:
+    """Let what only clears away fail without a harm to the request: what it leaves is cleared away later."""
+    try:
+        yield
+    except (MetadataError, StorageError) as error:
+        log.warning("bytes that nobody needs are not deleted yet", name=name, error=str(error))

@@ -1,20 +1,20 @@
 """What runs beside requests: uploads that nobody goes on with are dropped, and what a crash left is cleared away.
 
-In the normal course every byte in the store has a row: a session's or a blob's. Only a process that died between
-publishing a file and committing its row leaves one without. So only after such a death the store is looked
-through, in the background, and only what is older than this process can be a leftover.
+In the normal course every byte in the store has a row: a session's, a blob's or a leftover's. Only a process that died
+between publishing a file and committing its row leaves one without. So only after such a death the store is looked
+through, in the background, and only what is older than this process can be such a one.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Final
 
 import structlog
 
-from registry.errors import MetadataError
 from registry.metadata import blobs, leftovers, sessions
 from registry.metadata.engine import Database
 from registry.metadata.leftovers import Leftover
@@ -24,6 +24,22 @@ from storage.errors import StorageError
 _CHUNK: Final = 500
 
 log = structlog.get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class Doubt:
+    """What a run that did not end well may have left.
+
+    Attributes:
+        before: it is older than this, in seconds since the epoch.
+        pause: seconds to wait first: where the store's clock is another one, what is of this run and looks older has
+            its row by then.
+        settle: called when nothing of it is left.
+    """
+
+    before: float
+    pause: float = 0
+    settle: Callable[[], None] = lambda: None
 
 
 class Sweeper:
@@ -38,12 +54,12 @@ class Sweeper:
         self._tasks: list[asyncio.Task[None]] = []
         self._stopping = asyncio.Event()
 
-    async def start(self, *, first: bool, recover: float | None) -> None:
-        """Begin, in the process that does it for all; look for leftovers from before `recover`, if a time."""
+    async def start(self, *, first: bool, doubt: Doubt | None) -> None:
+        """Begin, in the process that does it for all; look for what the last run left, where it may have."""
         if not first:
             return
-        if recover is not None:
-            self._tasks.append(asyncio.create_task(self._recover(recover)))
+        if doubt is not None:
+            self._tasks.append(asyncio.create_task(self._recover(doubt)))
         self._tasks.append(asyncio.create_task(self._sweep_always()))
 
     async def stop(self) -> None:
@@ -65,8 +81,7 @@ class Sweeper:
         while not self._stopping.is_set() and (found := await self._database.read(leftovers.due)):
             gone = await self._forget(found)
             await self._database.write(leftovers.forget, gone)
-            if len(gone) < len(found):
-                return
+            await self._database.write(leftovers.postpone, [left.upload for left in found if left.upload not in gone])
 
     async def clear(self, before: float) -> int:
         """Delete stored objects without a row that were there `before` (seconds since the epoch)."""
@@ -102,12 +117,16 @@ class Sweeper:
                 gone.append(upload)
         return gone
 
-    async def _recover(self, before: float) -> None:
+    async def _recover(self, doubt: Doubt) -> None:
+        await self._wait(doubt.pause)
         try:
-            cleared = await self.clear(before)
+            cleared = await self.clear(doubt.before)
+        except Exception as error:
+            log.error("recovery failed, it will be tried at the next start", error=repr(error))
+            return
+        if not self._stopping.is_set():
+            doubt.settle()
             log.info("recovered after a crash", leftovers_deleted=cleared)
-        except (StorageError, MetadataError, OSError) as error:
-            log.error("recovery failed, it will be tried at the next start", error=str(error))
 
     async def _sweep_always(self) -> None:
         while not self._stopping.is_set():
@@ -115,10 +134,15 @@ class Sweeper:
                 if dropped := await self.sweep():
                     log.info("idle uploads dropped", uploads=dropped)
                 await self.tidy()
-            except (StorageError, MetadataError, OSError) as error:
-                log.error("sweep failed", error=str(error))
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._stopping.wait(), self._pause)
+            except Exception as error:
+                # Whatever it was, the next time may be better.
+                log.error("sweep failed", error=repr(error))
+            await self._wait(self._pause)
+
+    async def _wait(self, seconds: float) -> None:
+        """Wait so long, or until all is to end."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._stopping.wait(), seconds)
 
 
 @contextlib.contextmanager
@@ -126,5 +150,5 @@ def _logged(name: str) -> Iterator[None]:
     """Let one thing that cannot be deleted not keep the others."""
     try:
         yield
-    except StorageError as error:
+    except (StorageError, OSError) as error:
         log.error("leftover cannot be deleted", name=name, error=str(error))

@@ -32,6 +32,7 @@ _INLINE_SIZE: Final = 64 << 10
 _SENDFILE_SIZE: Final = 8 << 20
 #: How long a thread waits for a socket before it goes back to the pool, in milliseconds.
 _PATIENCE: Final = 50
+_STALLED: Final = "the client took nothing for too long"
 
 
 class Receiver:
@@ -241,11 +242,18 @@ class Sender:
             # The first piece before the head: what cannot be read can still be said.
             piece = await anext(pieces, b"")
             await response.prepare(request)
-            await response.write(piece)
+            await self._write(response, piece)
             async for piece in pieces:
-                await response.write(piece)
+                await self._write(response, piece)
         await response.write_eof()
         return response
+
+    async def _write(self, response: web.StreamResponse, piece: bytes) -> None:
+        try:
+            async with asyncio.timeout(self._stall):
+                await response.write(piece)
+        except TimeoutError:
+            raise ConnectionResetError(_STALLED) from None
 
     async def _send_file(self, transport: asyncio.Transport, file: int, start: int, stop: int) -> None:
         sock = transport.get_extra_info("socket")
@@ -270,7 +278,7 @@ class Sender:
             async with asyncio.timeout(self._stall):
                 await ready
         except TimeoutError:
-            raise ConnectionResetError("the client took nothing for too long") from None
+            raise ConnectionResetError(_STALLED) from None
         finally:
             loop.remove_writer(target)
 

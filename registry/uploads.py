@@ -63,16 +63,16 @@ class Uploads:
 
     async def status(self, call: Call) -> web.StreamResponse:
         """GET: how far the upload is. [end-13]"""
-        offset = await self._sessions.offset(call.repository, call.argument)
-        return _accepted(call, call.argument, offset, status=204)
+        offset = await self._sessions.offset(call.repository, call.upload())
+        return _accepted(call, call.upload(), offset, status=204)
 
     async def append(self, call: Call) -> web.StreamResponse:
         """PATCH: more bytes, in a chunk or a stream. [end-5]"""
         async with self._receiver.slot():
             whole = whole_body(call.request)
             if whole and self._keep(call, whole):
-                return _accepted(call, call.argument, len(whole))
-            async with self._sessions.claimed(call.repository, call.argument) as claim:
+                return _accepted(call, call.upload(), len(whole))
+            async with self._sessions.claimed(call.repository, call.upload()) as claim:
                 await self._receive(call, claim, whole, last=True)
                 await self._sessions.let_go(claim)
         return _accepted(call, claim.session.id, claim.upload.offset)
@@ -82,11 +82,11 @@ class Uploads:
         wanted = call.parameter("digest")
         if wanted is None:
             raise DigestInvalid("the closing PUT needs ?digest=<algorithm>:<hex>")
-        return await self._finish(call, call.argument, Digest.parse(wanted))
+        return await self._finish(call, call.upload(), Digest.parse(wanted))
 
     async def cancel(self, call: Call) -> web.StreamResponse:
         """DELETE: forget the upload. [end-14]"""
-        await self._sessions.cancel(call.repository, call.argument)
+        await self._sessions.cancel(call.repository, call.upload())
         return web.Response(status=204)
 
     async def _finish(self, call: Call, session_id: str, digest: Digest) -> web.StreamResponse:
@@ -102,7 +102,7 @@ class Uploads:
         """Let a fresh session have its first bytes; False where they must go the long way."""
         if hdrs.CONTENT_RANGE in call.request.headers:
             return False
-        is_kept = self._sessions.keep(call.repository, call.argument, content)
+        is_kept = self._sessions.keep(call.repository, call.upload(), content)
         if is_kept:
             call.request[BYTES_IN] = len(content)
         return is_kept
@@ -141,6 +141,7 @@ class Uploads:
         else:
             received = call.request[BYTES_IN] = len(whole)
             if whole:
+                await self._sessions.hold(claim)
                 await claim.upload.write([whole], last=last)
         if expected is not None and received != expected:
             raise SizeInvalid(f"Content-Range announced {expected} bytes, {received} came")
@@ -152,6 +153,7 @@ class Uploads:
             # Closed at once: whoever is next reads where this one stopped.
             async with aclosing(self._receiver.pieces(call.request)) as coming:
                 async for pieces in coming:
+                    await self._sessions.hold(claim)
                     received += sum(map(len, pieces))
                     await appender.write(pieces)
                     due = received - noted >= _CHECKPOINT_SIZE

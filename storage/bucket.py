@@ -173,7 +173,7 @@ class Bucket:
             except (_Again, *_FAILURES) as error:
                 failures += 1
                 if failures >= _TRIES:
-                    raise StoreUnavailable(f"GetObject: {_said(error)}") from error
+                    raise StoreUnavailable(f"GetObject: {_said(error)}") from None
                 await asyncio.sleep(_pause(failures))
 
     async def _read(self, key: str, start: int, stop: int) -> AsyncGenerator[bytes, None]:
@@ -318,7 +318,7 @@ class Bucket:
                 failures += 1
                 end = end or time.monotonic() + self._patience
                 if failures >= _TRIES or time.monotonic() > end:
-                    raise StoreUnavailable(f"{kind}: {_said(error)}") from error
+                    raise StoreUnavailable(f"{kind}: {_said(error)}") from None
             await asyncio.sleep(_pause(failures))
 
     async def _call(self, method: Callable[..., Any], **parameters: Any) -> Any:
@@ -382,7 +382,7 @@ def _meaning(kind: str, status: int, code: str) -> StorageError:
 def _said(error: BaseException) -> str:
     if isinstance(error, aiohttp.ClientResponseError):
         # As a text it has the address, which is signed.
-        return f"the answer cannot be read: {error.message or type(error).__name__}"
+        return f"the answer cannot be read: {' '.join(error.message.split())}"
     return str(error) or type(error).__name__
 
 

@@ -201,6 +201,8 @@ def _facts(document: _Document, media_type: str, links: tuple[Link, ...]) -> Man
     if not artifact_type and document.config:
         # [distribution-spec: end-12a] the config's type stands in for a missing artifactType
         artifact_type = document.config.media_type
+    if "\0" in artifact_type:
+        raise InvalidManifest("a media type with a NUL in it - at `$.artifactType` or `$.config.mediaType`")
     return Manifest(
         media_type=media_type,
         links=links,

@@ -151,7 +151,7 @@ def finish_upload(
     is_torn = _end_session(connection, session_id, writer)
     is_ours = add(connection, name, digest, stored)
     if is_torn or not is_tidy or not is_ours:
-        leftovers.add(connection, [session_id], stored.key if is_ours else None)
+        leftovers.add(connection, [session_id], _key(connection, digest))
     return is_ours
 
 
@@ -171,6 +171,20 @@ def add(connection: Connection, name: RepositoryName, digest: Digest, stored: St
     # Sparse manifests may have waited for these bytes; from now on they keep them.
     _fill_references.change(connection, digest=str(digest), found=blob_id)
     return True
+
+
+def add_of(connection: Connection, upload: str, name: RepositoryName, digest: Digest, stored: StoredBlob) -> bool:
+    """`add` the bytes of an upload without a session, of which the store holds more."""
+    is_ours = add(connection, name, digest, stored)
+    # Once: the commit of this may have been lost, and is tried again.
+    if leftovers.find(connection, upload) is None:
+        leftovers.add(connection, [upload], _key(connection, digest))
+    return is_ours
+
+
+def _key(connection: Connection, digest: Digest) -> str | None:
+    """Return where the bytes of a blob lie: it may be of this upload, or of another."""
+    return connection.scalar(select(blob.c.key).where(blob.c.digest == str(digest)))
 
 
 def _end_session(connection: Connection, session_id: str, writer: str) -> bool:

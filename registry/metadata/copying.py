@@ -30,7 +30,8 @@ def copy_database(source: str, target: str, progress: Callable[[str, int, int], 
         ConfigurationError: the target has content, or one of the two does not answer; nothing was copied.
     """
     try:
-        with _opened(source).connect() as read, _opened(target).begin() as write:
+        with _opened(source).connect() as connection, _opened(target).begin() as write:
+            read = _on_one_snapshot(connection)
             _check_empty(write)
             write.execute(delete(identity))
             return {table.name: _copy(read, write, table, progress) for table in metadata.sorted_tables}
@@ -39,7 +40,13 @@ def copy_database(source: str, target: str, progress: Callable[[str, int, int], 
 
 
 def _opened(url: str) -> Engine:
-    return create_engine(parse_url(url), poolclass=NullPool)
+    return create_engine(parse_url(url), poolclass=NullPool, hide_parameters=True)
+
+
+def _on_one_snapshot(connection: Connection) -> Connection:
+    """Let a connection see the database as it is now, to its end; nobody writes to a file that is locked."""
+    is_server = connection.dialect.name == "postgresql"
+    return connection.execution_options(isolation_level="REPEATABLE READ") if is_server else connection
 
 
 def _check_empty(connection: Connection) -> None:

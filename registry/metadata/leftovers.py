@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Final, NamedTuple
 
-from sqlalchemy import Connection, delete, insert, select
+from sqlalchemy import Connection, delete, insert, select, update
 
 from registry.metadata.tables import leftover, now
 
@@ -46,6 +46,11 @@ def due(connection: Connection, grace: int = GRACE, limit: int = 500) -> list[Le
         .limit(limit)
     )
     return [Leftover(*row) for row in connection.execute(query)]
+
+
+def postpone(connection: Connection, uploads: Sequence[str]) -> None:
+    """Let those that could not be deleted now wait for their turn after all others."""
+    connection.execute(update(leftover).where(leftover.c.upload.in_(uploads)).values(at=now()))
 
 
 def forget(connection: Connection, uploads: Sequence[str]) -> None:

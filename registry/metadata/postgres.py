@@ -48,6 +48,8 @@ _MET: Final = (
     psycopg.errors.DeadlockDetected,
 )
 _FULL: Final = (psycopg.errors.DiskFull, psycopg.errors.OutOfMemory)
+#: The server is going, or is not the one that takes writes any more: another connection may lead to a better one.
+_AWAY: Final = (psycopg.OperationalError, psycopg.InterfaceError, psycopg.errors.ReadOnlySqlTransaction)
 
 
 class _OutcomeUnknown(Exception):
@@ -66,6 +68,7 @@ class PostgresDatabase:
             # Transactions are begun and ended by hand; a statement outside of one is committed by itself.
             isolation_level="AUTOCOMMIT",
             poolclass=NullPool,
+            hide_parameters=True,
             connect_args={} if sync else {"options": "-c synchronous_commit=off"},
         )
         self._threads = Threads(connections, "sql", begin)
@@ -100,6 +103,8 @@ class PostgresDatabase:
     def _run_here(self, work: Callable[[Connection], T], end: float) -> T:
         """Run `work` until it is done, or there is no sense in another try."""
         pause, meetings = _PAUSE, 0
+        if time.monotonic() > end:
+            raise MetadataUnavailable("all connections to the database are busy")
         while True:
             try:
                 return self._try(work)
@@ -117,6 +122,10 @@ class PostgresDatabase:
             return work(connection)
         except _OutcomeUnknown as error:
             raise MetadataUnavailable(f"the database was lost during a commit: {error.__cause__}") from error
+        except DBAPIError as error:
+            if isinstance(error.orig, psycopg.errors.ReadOnlySqlTransaction):
+                driver(connection).close()
+            raise
         finally:
             if _is_lost(connection):
                 self._drop(connection)
@@ -183,13 +192,13 @@ def _is_stale(connection: Connection) -> bool:
 
 def _may_pass(error: DBAPIError) -> bool:
     """Return whether another try may mend it: others were met, or the database is away."""
-    return isinstance(error.orig, (*_MET, psycopg.OperationalError)) and not isinstance(error.orig, _FULL)
+    return isinstance(error.orig, (*_MET, *_AWAY)) and not isinstance(error.orig, _FULL)
 
 
 def _meaning(error: DBAPIError) -> Exception:
     """Return what to raise for an error that another try does not mend."""
     if isinstance(error.orig, _FULL):
         return MetadataFull(f"no room for the database: {error.orig}")
-    if isinstance(error.orig, psycopg.OperationalError):
+    if isinstance(error.orig, _AWAY):
         return MetadataUnavailable(f"the database does not answer: {error.orig}")
     return error

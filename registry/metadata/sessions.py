@@ -35,6 +35,7 @@ _create: Final = Prepared(
         algorithm=bindparam("algorithm"),
         offset=bindparam("offset"),
         state=bindparam("state"),
+        is_torn=bindparam("torn"),
         claimed_at=0,
         created_at=bindparam("at"),
         updated_at=bindparam("at"),
@@ -94,8 +95,15 @@ class Session:
     is_torn: bool = False
 
 
-def create(connection: Connection, session_id: str, repository: RepositoryName, start: Checkpoint) -> None:
-    """Open a session."""
+def create(
+    connection: Connection,
+    session_id: str,
+    repository: RepositoryName,
+    start: Checkpoint,
+    *,
+    is_torn: bool = False,
+) -> None:
+    """Open a session; `is_torn` says that the store may hold more of it than `start` knows."""
     _create.change(
         connection,
         session_id=session_id,
@@ -104,6 +112,7 @@ def create(connection: Connection, session_id: str, repository: RepositoryName, 
         algorithm=start.algorithm,
         offset=start.offset,
         state=start.state,
+        torn=is_torn,
         at=now(),
     )
 
@@ -175,9 +184,21 @@ def renew(connection: Connection, session_id: str, writer: str) -> bool:
     return bool(connection.execute(update(upload_session).where(held).values(claimed_at=now())).rowcount)
 
 
-def remove(connection: Connection, session_id: str, repository: RepositoryName) -> None:
-    """End a session whose bytes nobody needs, or raise `BlobUploadUnknown`."""
+def release(connection: Connection, session_id: str, writer: str) -> None:
+    """Let go of a claim under which nothing was written; none there is fine."""
+    held = and_(upload_session.c.id == session_id, upload_session.c.writer == writer)
+    connection.execute(update(upload_session).where(held).values(writer=None))
+
+
+def remove(connection: Connection, session_id: str, repository: RepositoryName, writer: str | None = None) -> None:
+    """End a session whose bytes nobody needs: anybody's, or that which `writer` holds.
+
+    Raises:
+        BlobUploadUnknown: there is none.
+    """
     ended = delete(upload_session).where(upload_session.c.id == session_id, upload_session.c.repository == repository)
+    if writer is not None:
+        ended = ended.where(upload_session.c.writer == writer)
     if not connection.execute(ended).rowcount:
         raise BlobUploadUnknown
     leftovers.add(connection, [session_id])

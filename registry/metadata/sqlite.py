@@ -226,6 +226,7 @@ def _engine(path: Path, begin: str) -> Engine:
         f"sqlite:///{path}",
         connect_args={"timeout": _BUSY_SECONDS, "check_same_thread": False},
         pool_size=_READERS,
+        hide_parameters=True,
     )
 
     @event.listens_for(engine, "connect")

@@ -34,10 +34,9 @@ def move(connection: Connection, repository_id: int, name: Tag, manifest_id: int
     if current == manifest_id:
         return
     values = {"manifest_id": manifest_id, "updated_at": at, "updated_by": by}
-    if current is None:
+    # It may go between two looks.
+    if current is None or not connection.execute(update(tag).filter_by(**here).values(**values)).rowcount:
         connection.execute(insert(tag).values(**here, **values))
-    else:
-        connection.execute(update(tag).filter_by(**here).values(**values))
     connection.execute(insert(tag_event).values(**here, digest=str(digest), at=at, by=by))
 
 

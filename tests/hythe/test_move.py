@@ -8,10 +8,13 @@ import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 import requests
 
+from registry.metadata.copying import copy_database as copy_facts
+from registry.metadata.schema import upgrade
 from tests.conftest import Bucket
 from tests.content import Image, digest_of
 from tests.facts import query
@@ -192,6 +195,41 @@ def test_the_facts_move_to_postgresql_and_the_registry_goes_on_there(
         images.append(push(server, "team/other/app", "latest"))
         check(server, "team/other/app", images[-1:], large)
     assert "has content already" in copy_database(source, target).stderr
+
+
+@needs_postgres
+def test_a_crash_is_not_forgotten_because_the_facts_were_copied(
+    tmp_path: Path, place: Environment, target: str
+) -> None:
+    with hythe_server(tmp_path, environment=place) as server:
+        server.kill()
+    assert copy_database(place["HYTHE_DATABASE__URL"], target).returncode == 0
+    assert (tmp_path / "data" / "hythe.lock").read_bytes() == b"running\n"
+
+
+@needs_postgres
+def test_what_is_copied_is_one_moment_whatever_is_written_meanwhile(
+    tmp_path: Path, postgres_server: Postgres, template: str
+) -> None:
+    source, file = postgres_server.create(template), f"sqlite:///{tmp_path / 'copy.db'}"
+    upgrade(file)
+    name = urlsplit(source).path[1:]
+    written: list[str] = []
+
+    def write(table: str, _copied: int, _total: int) -> None:
+        if not written:
+            written.append(table)
+            postgres_server.execute(
+                'INSERT INTO upload_session (id, repository, key, algorithm, "offset", state, claimed_at,'
+                " created_at, updated_at) VALUES ('later', 'a', 'k', 'sha256', 0, '', 0, 0, 0)",
+                name,
+            )
+
+    rows = copy_facts(source, file, write)
+    assert written
+    assert rows["upload_session"] == 0
+    assert query(source, "SELECT id FROM upload_session") == [("later",)]
+    postgres_server.drop(source)
 
 
 @needs_postgres

@@ -1,11 +1,14 @@
 """Pulling blobs. [distribution-spec: end-2; RFC 9110, 13 and 14]"""
 
+import asyncio
 import secrets
 from email import message_from_bytes, policy
+from io import BytesIO
 
 import pytest
 
 from storage.digest import HEX_LENGTH
+from tests.conftest import Start
 from tests.content import Client, Pusher, digest_of
 from tests.registry.talk import Answer, ask, wire
 
@@ -195,3 +198,16 @@ async def test_a_malformed_digest_is_refused(client: Client, digest: str) -> Non
     response = await ask(client, "GET", f"/v2/org/team/app/blobs/{digest}")
     assert response.status == 400
     assert response.codes == ["DIGEST_INVALID"]
+
+
+async def test_a_client_that_takes_nothing_is_let_go(start: Start) -> None:
+    client = await start(uploads={"stall_seconds": 1})
+    # More than two sockets hold.
+    content = secrets.token_bytes(32 << 20)
+    digest = digest_of(content)
+    pushed = await ask(client, "POST", f"/v2/org/team/app/blobs/uploads/?digest={digest}", data=BytesIO(content))
+    assert pushed.status == 201
+    async with wire(client) as connection:
+        await connection.request("GET", f"/v2/org/team/app/blobs/{digest}")
+        await asyncio.sleep(2.5)
+        assert len(await connection.rest()) < len(content)

@@ -353,3 +353,10 @@ async def test_a_head_that_is_too_long_is_refused_as_json(client: Client, head: 
         answer = await connection.answer()
         assert 400 <= answer.status < 500
         assert answer.codes
+
+
+@pytest.mark.parametrize("upload", ["%00", "no-such", "0" * 36, "A" * 8 + "-0000-0000-0000-" + "0" * 12, "x" * 5000])
+@pytest.mark.parametrize("method", ["GET", "PATCH", "PUT", "DELETE"])
+async def test_an_upload_that_cannot_be_one_of_ours_is_unknown(client: Client, method: str, upload: str) -> None:
+    answer = await ask(client, method, f"{APP}/blobs/uploads/{upload}?digest={digest_of(b'x')}")
+    assert (answer.status, answer.codes) == (404, ["BLOB_UPLOAD_UNKNOWN"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -17,10 +17,11 @@ from registry.fresh import FreshSessions
 from registry.metadata import sessions
 from registry.metadata.engine import Database
 from registry.metadata.sessions import Session
+from storage.base import Checkpoint
 from storage.digest import Digest
-from storage.errors import OutOfSpace
+from storage.errors import OutOfSpace, StoreUnavailable
 from storage.filesystem import FilesystemStore
-from storage.memory import MemoryStore
+from storage.memory import MemoryStore, _MemoryUpload
 from storage.names import RepositoryName
 from tests.conftest import Start
 from tests.content import Client, digest_of
@@ -99,9 +100,8 @@ async def test_a_session_is_there_for_its_own_repository_only(fresh: FreshSessio
     await opened(fresh, store)
     other = RepositoryName("org/other")
     assert fresh.offset("one", other) is None
-    for step in (fresh.take, fresh.cancel):
-        with pytest.raises(BlobUploadUnknown):
-            step("one", other)
+    with pytest.raises(BlobUploadUnknown):
+        fresh.take("one", other)
     with pytest.raises(BlobUploadUnknown):
         fresh.keep("one", other, b"x")
     assert fresh.offset("one", NAME) == 0
@@ -114,9 +114,8 @@ async def test_a_session_that_was_taken_is_nobody_elses(
     taken = fresh.take("one", NAME)
     assert taken
     assert taken.content == CONTENT
-    for step in (fresh.take, fresh.cancel):
-        with pytest.raises(UploadConflict):
-            step("one", NAME)
+    with pytest.raises(UploadConflict):
+        fresh.take("one", NAME)
     with pytest.raises(UploadConflict):
         fresh.keep("one", NAME, b"x")
     with pytest.raises(UploadConflict):
@@ -127,10 +126,14 @@ async def test_a_session_that_was_taken_is_nobody_elses(
     assert (await comes_to_have_a_row(database)).checkpoint.offset == len(CONTENT)
 
 
-async def test_a_cancelled_session_leaves_nothing(fresh: FreshSessions, store: MemoryStore, database: Database) -> None:
+async def test_a_session_that_ended_leaves_nothing(
+    fresh: FreshSessions, store: MemoryStore, database: Database
+) -> None:
     await opened(fresh, store, CONTENT)
-    assert fresh.cancel("one", NAME)
-    assert not fresh.cancel("one", NAME)
+    taken = fresh.take("one", NAME)
+    assert taken
+    fresh.forget(taken)
+    assert not fresh.take("one", NAME)
     await asyncio.sleep(0.3)
     assert await found(database) is None
     assert not [item async for item in store.objects()]
@@ -216,7 +219,9 @@ async def test_one_that_cannot_be_settled_keeps_no_other_from_it(
     for number in (1, 2):
         assert (await comes_to_have_a_row(database, f"upload-{number}")).checkpoint.offset == len(CONTENT)
     assert len(fresh) == 1
-    fresh.cancel("upload-0", NAME)
+    stuck = fresh.take("upload-0", NAME)
+    assert stuck
+    fresh.forget(stuck)
 
 
 async def test_while_the_database_hangs_nothing_piles_up(
@@ -338,3 +343,69 @@ async def test_of_two_who_finish_at_once_one_wins(client: Client) -> None:
         statuses = sorted(answer.status for answer in answers)
         assert statuses[0] == 201
         assert set(statuses[1:]) <= {404, 409}
+
+
+# --- what a step that failed may have left ------------------------------------------------------------------------
+
+
+class VagueStore(MemoryStore):
+    """A store whose first answer gets lost, after it did what it was asked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.failures = 1
+
+    def resume(self, checkpoint: Checkpoint) -> _VagueUpload:
+        return _VagueUpload(self, checkpoint)
+
+
+class _VagueUpload(_MemoryUpload):
+    async def commit(self, digest: Digest, last: Sequence[bytes | memoryview] = ()) -> str:
+        key = await super().commit(digest, last)
+        if self._store.failures:  # type: ignore[attr-defined]
+            self._store.failures -= 1  # type: ignore[attr-defined]
+            self._store._put(f"{key}-stray", b"stray")
+            raise StoreUnavailable("no answer")
+        return key
+
+
+def left(settings: Settings) -> list[tuple[str | None]]:
+    """Return what is to be kept of uploads that the store is still to forget."""
+    return query(settings.database.url, "SELECT kept FROM leftover")
+
+
+@pytest.fixture
+async def vague(start: Start) -> tuple[Client, str]:
+    """A registry in which a push has just failed in a way that nobody knows the outcome of, and where the upload is."""
+    client = await start(store=VagueStore())
+    location = await begin(client)
+    assert (await ask(client, "PATCH", location, data=CONTENT)).status == 202
+    assert (await ask(client, "PUT", f"{location}?digest={digest_of(CONTENT)}")).status == 503
+    return client, location
+
+
+@pytest.mark.usefixtures("long_moment")
+async def test_strays_of_a_quick_push_that_was_repeated_are_remembered(
+    vague: tuple[Client, str], settings: Settings
+) -> None:
+    client, location = vague
+    assert (await ask(client, "PUT", f"{location}?digest={digest_of(CONTENT)}")).status == 201
+    assert left(settings) == query(settings.database.url, "SELECT key FROM blob")
+
+
+@pytest.mark.usefixtures("long_moment")
+async def test_strays_of_a_quick_push_that_was_given_up_are_remembered(
+    vague: tuple[Client, str], settings: Settings
+) -> None:
+    client, location = vague
+    assert (await ask(client, "DELETE", location)).status == 204
+    assert left(settings) == [(None,)]
+
+
+async def test_strays_of_a_quick_push_that_went_on_slowly_are_remembered(
+    vague: tuple[Client, str], settings: Settings
+) -> None:
+    client, location = vague
+    assert (await ask(client, "PATCH", location, data=b"more")).status == 202
+    assert (await ask(client, "PUT", f"{location}?digest={digest_of(CONTENT + b'more')}")).status == 201
+    assert left(settings) == query(settings.database.url, "SELECT key FROM blob")

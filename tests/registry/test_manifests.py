@@ -607,3 +607,20 @@ async def test_a_hundred_tags_may_be_as_long_as_tags_can_be(server: HytheServer)
     ):
         assert response.status == 201
         assert ", ".join(response.headers.getall("OCI-Tag")).split(", ") == tags
+
+
+@pytest.mark.parametrize("field", ["artifactType", "config"])
+async def test_a_media_type_with_a_nul_is_refused(client: Client, field: str) -> None:
+    document = json.loads((await Pusher(client).image()).manifest)
+    if field == "config":
+        document["config"]["mediaType"] = "application/\0"
+    else:
+        document["artifactType"] = "a\0b"
+    answer = await ask(
+        client,
+        "PUT",
+        "/v2/org/team/app/manifests/nul",
+        data=json.dumps(document),
+        headers={"Content-Type": OCI_MANIFEST},
+    )
+    assert (answer.status, answer.codes) == (400, ["MANIFEST_INVALID"])

@@ -15,14 +15,16 @@ from sqlalchemy import Connection, text
 
 import migrations
 from registry.errors import ConfigurationError, MetadataUnavailable
-from registry.metadata import blobs, manifests, repositories, sessions
+from registry.metadata import blobs, manifests, repositories, sessions, tags
 from registry.metadata.blobs import StoredBlob
 from registry.metadata.engine import Database, open_database, parse_url
 from registry.metadata.manifests import PushedManifest
+from registry.metadata.postgres import _PATIENCE
+from registry.metadata.prepared import driver
 from registry.metadata.schema import upgrade
 from storage.base import Checkpoint
 from storage.digest import Digest
-from storage.names import RepositoryName
+from storage.names import RepositoryName, parse_tag
 from storage.oci import parse_manifest
 from tests.content import make_image
 from tests.facts import query
@@ -203,6 +205,56 @@ async def test_a_read_sees_one_moment_whatever_is_written_meanwhile(database: Da
     may_go_on.set()
     assert await reading == ([], [])
     assert await database.read(repositories.names, "", 10) == [NAME]
+
+
+async def test_a_server_that_takes_no_writes_any_more_is_left_for_the_one_that_does(
+    database: Database, postgres_server: Postgres, url: str
+) -> None:
+    name = urlsplit(url).path[1:]
+    await asyncio.gather(*(database.write(repositories.ensure, NAME) for _ in range(8)))
+    # As a primary that became a standby answers those who are still connected to it.
+    for connection in list(database._open):  # type: ignore[attr-defined]
+        driver(connection).execute("SET default_transaction_read_only = on")
+    await database.write(repositories.ensure, OTHER)
+    assert await database.read(repositories.find, OTHER)
+    postgres_server.execute(f'ALTER DATABASE "{name}" SET default_transaction_read_only = on')
+    end_connections(postgres_server, url)
+    with pytest.raises(MetadataUnavailable, match="read-only"):
+        await database.write(repositories.ensure, RepositoryName("a/third"))
+
+
+async def test_a_unit_that_waited_too_long_for_a_connection_is_not_begun(url: str) -> None:
+    database = open_database(url, connections=1)
+    may_go_on = Event()
+    blocking = asyncio.create_task(database.read(lambda _: may_go_on.wait(30)))
+    await asyncio.sleep(0.1)
+    waiting = asyncio.create_task(database.write(repositories.ensure, NAME))
+    await asyncio.sleep(_PATIENCE + 0.2)
+    may_go_on.set()
+    await blocking
+    with pytest.raises(MetadataUnavailable, match="busy"):
+        await waiting
+    await database.close()
+    assert query(url, "SELECT name FROM repository") == []
+
+
+async def test_a_tag_that_is_deleted_while_it_is_moved_is_there_or_not_but_never_an_event_alone(
+    database: Database, url: str
+) -> None:
+    image = make_image()
+    for data in image.blobs:
+        await database.write(add_blob, NAME, data)
+    tag = parse_tag("latest")
+    first = pushed(image.manifest)
+    other = pushed(image.manifest + b" ")
+    for number in range(ROUNDS):
+        moved = (first, other)[number % 2]
+        await database.write(manifests.put, NAME, (other, first)[number % 2], [tag], "", sparse=False)
+        moving = database.write(manifests.put, NAME, moved, [tag], "", sparse=False)
+        await asyncio.gather(moving, database.write(tags.delete_tag, NAME, tag, ""), return_exceptions=True)
+        ((last,),) = query(url, "SELECT digest FROM tag_event ORDER BY id DESC LIMIT 1")
+        held = query(url, "SELECT m.digest FROM tag t JOIN manifest m ON m.id = t.manifest_id")
+        assert held == ([(last,)] if last else [])
 
 
 # --- the schema -----------------------------------------------------------------------------------------

@@ -260,3 +260,18 @@ async def test_nonsense_under_the_tag_does_no_harm(client: Client, image: Image,
 async def test_an_image_under_the_tag_does_no_harm(client: Client, image: Image) -> None:
     await Pusher(client).manifest(image.manifest, schema_tag(image, "sha256"))
     assert await listed(client, image.digest) == []
+
+
+async def test_what_is_no_digest_in_a_clients_own_list_is_passed_over(client: Client, image: Image) -> None:
+    entries = [{"digest": digest} for digest in ("a\0b", "sha256:short", "", None, 7, "\0")]
+    good = {"mediaType": OCI_MANIFEST, "digest": image.digest, "size": len(image.manifest)}
+    index = {"schemaVersion": 2, "mediaType": "application/x-index", "manifests": [*entries, good]}
+    pushed = await ask(
+        client,
+        "PUT",
+        f"/v2/org/team/app/manifests/{image.digest.replace(':', '-')}",
+        data=json.dumps(index),
+        headers={"Content-Type": "application/x-index"},
+    )
+    assert pushed.status == 201
+    assert await listed(client, image.digest) == [good]

@@ -3,23 +3,36 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import secrets
-from collections.abc import Awaitable, Callable, Iterator
+import signal
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
+import msgspec
 import pytest
 import requests
 
 from registry.affinity import Affinity
 from registry.app import open_facts, open_store
 from registry.config import Settings
-from registry.errors import ConfigurationError
+from registry.contents import Contents
+from registry.errors import BlobUploadUnknown, ConfigurationError, MetadataUnavailable
+from registry.fresh import FreshSessions
 from registry.lock import check_local
 from registry.metadata import sessions
+from registry.metadata.engine import Database
+from registry.metadata.schema import upgrade
 from registry.metadata.tables import now
+from registry.sessions import Sessions
 from registry.sweeper import Sweeper
+from storage.base import Store
+from storage.digest import Digest
+from storage.errors import DigestMismatch, StoreUnavailable
+from storage.names import RepositoryName
 from tests.conftest import Bucket, Start, environment_of
 from tests.content import Client, Pusher, digest_of, make_image
 from tests.facts import query
@@ -254,6 +267,174 @@ async def test_a_lost_part_upload_of_a_session_that_ended_well_is_gone_after_the
     assert (await ask(survivor, "PUT", f"{location}?digest={digest_of(b'little')}", data=b"little")).status == 201
     await tidy(settings)
     assert await stored(settings) == [b"little"]
+
+
+async def test_a_replica_that_wakes_up_past_its_claim_spoils_nothing_of_who_went_on(
+    mortal: HytheServer, start: Start, settings: Settings
+) -> None:
+    survivor = await start(storage={"s3": msgspec.to_builtins(settings.storage.s3) | {"part_bytes": 5 * MIB}})
+    content = secrets.token_bytes(33 * MIB + 5)
+    location = urlsplit(await begin(survivor)).path
+    assert (await ask(survivor, "PATCH", location, data=in_pieces(content[: 12 * MIB], MIB))).status == 202
+    reader, writer = await asyncio.open_connection("127.0.0.1", mortal.port)
+    writer.write(f"PATCH {location} HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n".encode())
+    for at in range(12 * MIB, 20 * MIB, MIB):
+        writer.write(f"{MIB:x}\r\n".encode() + content[at : at + MIB] + b"\r\n")
+        await writer.drain()
+    await claimed(settings)
+    await asyncio.sleep(0.3)
+    os.kill(mortal.pid, signal.SIGSTOP)
+    await put_back(settings)
+    assert (await ask(survivor, "GET", location)).headers["Range"] == f"0-{12 * MIB - 1}"
+    assert (await ask(survivor, "PATCH", location, data=in_pieces(content[12 * MIB :], MIB))).status == 202
+    # It finds its connection cut, and wants to keep what it has.
+    writer.close()
+    os.kill(mortal.pid, signal.SIGCONT)
+    await asyncio.to_thread(wait_until, lambda: b'"PATCH"' in mortal.output.read_bytes(), "the end of the request")
+    created = await ask(survivor, "PUT", f"{location}?digest={digest_of(content)}")
+    assert created.status == 201, created.body
+    assert (await ask(survivor, "GET", f"{APP}/blobs/{digest_of(content)}")).body == content
+    await tidy(settings)
+    assert await stored(settings) == [content]
+    reader.feed_eof()
+
+
+# --- claims ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+async def kept(settings: Settings) -> AsyncIterator[tuple[Sessions, Database, Store]]:
+    """The sessions of a replica, without a server around them."""
+    upgrade(settings.database.url)
+    affinity = Affinity(enabled=False)
+    database, store = open_facts(settings, affinity), open_store(settings, affinity)
+    fresh = FreshSessions(store, database, enabled=False)
+    yield Sessions(store, database, Contents(database, 0, alone=False), fresh), database, store
+    await store.close()
+    await database.close()
+
+
+NAME = RepositoryName("org/team/app")
+
+
+async def steal(settings: Settings, database: Database, session_id: str) -> None:
+    """Let another replica claim a session that somebody holds."""
+    await put_back(settings)
+    await database.note(sessions.claim, session_id, NAME, "another")
+
+
+def writers(settings: Settings) -> list[str | None]:
+    return [row[0] for row in query(settings.database.url, "SELECT writer FROM upload_session")]
+
+
+async def test_a_writer_that_lost_its_claim_does_not_end_the_session_of_the_next(
+    kept: tuple[Sessions, Database, Store], settings: Settings
+) -> None:
+    held, database, _ = kept
+    session_id = await held.open(NAME, "sha256")
+
+    async def request() -> None:
+        async with held.claimed(NAME, session_id) as claim:
+            await claim.upload.write([b"wrong"])
+            await steal(settings, database, session_id)
+            await held.publish(claim, Digest.of(b"right"))
+
+    with pytest.raises(DigestMismatch):
+        await request()
+    assert writers(settings) == ["another"]
+
+
+async def test_before_anything_is_written_under_an_old_claim_it_is_renewed_or_found_lost(
+    kept: tuple[Sessions, Database, Store], settings: Settings
+) -> None:
+    held, database, store = kept
+    session_id = await held.open(NAME, "sha256")
+
+    async def request() -> None:
+        async with held.claimed(NAME, session_id) as claim:
+            await claim.upload.write([b"some"])
+            claim.renewed_at -= sessions.LEASE
+            await put_back(settings)
+            await held.hold(claim)
+            assert query(settings.database.url, "SELECT claimed_at FROM upload_session")[0][0] > now() - 5_000_000
+            await steal(settings, database, session_id)
+            # Nobody was away for long, so nobody asks.
+            await held.hold(claim)
+            claim.renewed_at -= sessions.LEASE
+            await held.let_go(claim)
+
+    with pytest.raises(BlobUploadUnknown):
+        await request()
+    assert writers(settings) == ["another"]
+    assert [found async for found in store.objects()] == []
+
+
+async def test_a_claim_is_kept_for_as_long_as_publishing_takes(
+    kept: tuple[Sessions, Database, Store], settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held, _, _ = kept
+    monkeypatch.setattr("registry.sessions._RENEWAL", 0.05)
+    session_id = await held.open(NAME, "sha256")
+    async with held.claimed(NAME, session_id) as claim:
+        await claim.upload.write([b"slow"])
+        verify = claim.upload.verify
+
+        async def verify_slowly(digest: Digest) -> None:
+            await put_back(settings)
+            await asyncio.to_thread(wait_until, is_renewed, "a renewal")
+            await verify(digest)
+
+        def is_renewed() -> bool:
+            return bool(query(settings.database.url, "SELECT claimed_at FROM upload_session")[0][0] > now() - 5_000_000)
+
+        monkeypatch.setattr(claim.upload, "verify", verify_slowly)
+        await held.publish(claim, Digest.of(b"slow"))
+    assert writers(settings) == []
+
+
+async def test_a_claim_whose_answer_was_lost_is_let_go_of(
+    kept: tuple[Sessions, Database, Store], settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held, database, _ = kept
+    session_id = await held.open(NAME, "sha256")
+    note = database.note
+
+    async def lose(unit: Any, *args: Any, **kwargs: Any) -> Any:
+        result = await note(unit, *args, **kwargs)
+        if unit is sessions.claim:
+            raise MetadataUnavailable("the database was lost during a commit")
+        return result
+
+    monkeypatch.setattr(database, "note", lose)
+    with pytest.raises(MetadataUnavailable):
+        async with held.claimed(NAME, session_id):
+            raise AssertionError("nobody may write")
+    assert writers(settings) == [None]
+
+
+async def test_bytes_that_cannot_be_deleted_now_are_not_what_the_client_is_told(
+    kept: tuple[Sessions, Database, Store], settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held, _, store = kept
+
+    async def fail(*_: object) -> None:
+        raise StoreUnavailable("not now")
+
+    monkeypatch.setattr(store, "forget", fail)
+    monkeypatch.setattr(store, "delete", fail)
+    session_id = await held.open(NAME, "sha256")
+    with pytest.raises(DigestMismatch):
+        async with held.claimed(NAME, session_id) as claim:
+            await held.publish(claim, Digest.of(b"right"))
+    for _ in range(2):
+        # The second time the bytes are there already, and ours are not needed.
+        session_id = await held.open(NAME, "sha256")
+        async with held.claimed(NAME, session_id) as claim:
+            await claim.upload.write([b"right"])
+            await held.publish(claim, Digest.of(b"right"))
+    await held.cancel(NAME, await held.open(NAME, "sha256"))
+    assert writers(settings) == []
+    assert len(query(settings.database.url, "SELECT upload FROM leftover")) == 3
 
 
 # --- starting -------------------------------------------------------------------------------------------

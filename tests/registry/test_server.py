@@ -304,7 +304,18 @@ def test_a_start_that_is_refused_does_not_make_a_crash_forgotten(tmp_path: Path)
     (tmp_path / "other").mkdir()
     with serving(tmp_path / "other") as other:
         refused(tmp_path, "--data", str(tmp_path / "data"), "--listen", f"127.0.0.1:{other.port}")
-    assert (tmp_path / "data" / "hythe.lock").read_bytes() == b"running\n"
+    assert (tmp_path / "data" / "hythe.lock").read_bytes() == b"unclear\n"
+
+
+def test_a_crash_is_remembered_until_what_it_left_is_gone(tmp_path: Path) -> None:
+    lock, left = tmp_path / "data" / "hythe.lock", tmp_path / "data" / "uploads" / "left"
+    with serving(tmp_path) as server:
+        server.kill()
+    assert lock.read_bytes() == b"running\n"
+    left.touch()
+    with serving(tmp_path):
+        wait_until(lambda: lock.read_bytes() == b"running\n" and not left.exists(), "the end of the doubt")
+    assert lock.read_bytes() == b""
 
 
 @pytest.mark.parametrize(

@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 from sqlalchemy import Connection, select, update
 
-from registry.metadata import blobs, sessions
+from registry.metadata import blobs, leftovers, sessions
 from registry.metadata.blobs import StoredBlob
 from registry.metadata.engine import Database
-from registry.metadata.tables import now, upload_session
-from registry.sweeper import Sweeper
+from registry.metadata.tables import leftover, now, upload_session
+from registry.sweeper import Doubt, Sweeper
 from storage.base import Checkpoint
 from storage.digest import Digest
 from storage.errors import StorageError
@@ -200,7 +200,7 @@ async def test_the_first_process_sweeps_and_recovers_only_after_a_crash(
     # The coarse clock that stamps files must have ticked on.
     stamped = max([found.modified async for found in store.objects()])
     wait_until(lambda: time.clock_gettime(CLOCK_REALTIME_COARSE) > stamped, "a tick")
-    await sweeper.start(first=first, recover=time.time() if recover else None)
+    await sweeper.start(first=first, doubt=Doubt(time.time()) if recover else None)
     expected = {"uploads/left", "uploads/idle"}
     expected -= {"uploads/idle"} if first else set()
     expected -= {"uploads/left"} if first and recover else set()
@@ -225,7 +225,7 @@ async def odd(store: FilesystemStore, database: Database) -> AsyncIterator[str]:
 
 async def test_a_sweep_that_failed_is_tried_again(store: FilesystemStore, database: Database, odd: str) -> None:
     sweeper = Sweeper(store, database, IDLE, 0)
-    await sweeper.start(first=True, recover=None)
+    await sweeper.start(first=True, doubt=None)
 
     async def is_swept() -> bool:
         return await keys(store) == {odd} and not await database.read(ids)
@@ -251,7 +251,7 @@ async def test_a_sweep_that_is_stopped_finishes_what_it_began(
 ) -> None:
     for number in range(40):
         await open_session(store, database, f"idle-{number}", IDLE + 5)
-    await sweeper.start(first=True, recover=None)
+    await sweeper.start(first=True, doubt=None)
 
     async def has_begun() -> bool:
         return not await database.read(ids)
@@ -260,3 +260,66 @@ async def test_a_sweep_that_is_stopped_finishes_what_it_began(
     await sweeper.stop()
     # Nothing would ever look for bytes without a row again: only a crash makes the server do so.
     assert await keys(store) == set()
+
+
+async def test_what_a_dead_run_left_is_settled_when_it_is_gone_and_not_before(
+    store: FilesystemStore, database: Database
+) -> None:
+    await put_bytes(store, "left")
+    settled: list[bool] = []
+    hurried = Sweeper(store, database, IDLE, 3600)
+    await hurried.start(first=True, doubt=Doubt(time.time() + 1, 60, lambda: settled.append(False)))
+    await asyncio.sleep(0.05)
+    await hurried.stop()
+    assert not settled
+    assert await keys(store) == {"uploads/left"}
+    patient = Sweeper(store, database, IDLE, 3600)
+    await patient.start(first=True, doubt=Doubt(time.time() + 1, 0.01, lambda: settled.append(True)))
+
+    async def is_settled() -> bool:
+        return bool(settled)
+
+    await until(is_settled)
+    await patient.stop()
+    assert settled == [True]
+    assert await keys(store) == set()
+
+
+async def test_whatever_fails_once_in_a_sweep_the_next_one_comes(
+    store: FilesystemStore, database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tries: list[None] = []
+
+    async def fail(_: Sweeper) -> int:
+        tries.append(None)
+        raise RuntimeError("nobody thought of this")
+
+    monkeypatch.setattr(Sweeper, "sweep", fail)
+    sweeper = Sweeper(store, database, IDLE, 0)
+    await sweeper.start(first=True, doubt=None)
+
+    async def is_tried_again() -> bool:
+        return len(tries) > 2
+
+    await until(is_tried_again)
+    await sweeper.stop()
+
+
+async def test_leftovers_that_cannot_be_deleted_let_younger_ones_by(
+    store: FilesystemStore, database: Database, sweeper: Sweeper
+) -> None:
+    stuck = [f"stuck-{number:03}" for number in range(500)]
+    for name in stuck:
+        (store.root / "uploads" / name).mkdir()
+    await put_bytes(store, "younger")
+    long_ago = now() - 2 * leftovers.GRACE
+    await database.write(leftovers.add, [*stuck, "younger"])
+    await database.write(lambda connection: connection.execute(update(leftover).values(at=long_ago)))
+    await database.write(
+        lambda connection: connection.execute(
+            update(leftover).where(leftover.c.upload == "younger").values(at=long_ago + 1)
+        )
+    )
+    await sweeper.tidy()
+    assert not (store.root / "uploads/younger").exists()
+    assert len(await database.read(lambda connection: leftovers.due(connection, grace=-1, limit=1000))) == 500

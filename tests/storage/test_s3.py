@@ -494,7 +494,8 @@ async def test_credentials_that_are_refused_are_said_to_be_so(
 async def test_an_answer_that_cannot_be_read_is_told_without_what_is_secret() -> None:
     async def garble(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readuntil(b"\r\n\r\n")
-        writer.write(b"nonsense\r\n\r\n")
+        writer.write(b"HTTP/1.1 nonsense\r\n\r\n")
+        await reader.read()
         writer.close()
 
     async with await asyncio.start_server(garble, "127.0.0.1", 0) as server:
