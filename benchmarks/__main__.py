@@ -26,6 +26,8 @@ def main(
     rounds: int, only: tuple[str, ...], quick: bool, json_file: Path | None, write: bool, parent: str | None
 ) -> None:
     """Measure Hythe beside docker-registry and nginx, in turn, on this machine."""
+    if write and only not in [(), ("s3",)]:
+        raise click.UsageError("--write takes all groups, or s3: the figures of one table are of one run")
     try:
         where = report.environment()
         with tempfile.TemporaryDirectory(prefix="hythe-bench-", dir=parent) as directory:
@@ -38,7 +40,7 @@ def main(
     if json_file:
         json_file.write_text(json.dumps({"environment": where, **results.as_data()}, indent=1))
     if write:
-        report.write(" ".join(["python -m benchmarks", *sys.argv[1:]]), where, text)
+        report.write(" ".join(["python -m benchmarks", *sys.argv[1:]]), where, results)
 
 
 main()

@@ -15,8 +15,10 @@ from benchmarks.measures import Level, Result, Sample
 from benchmarks.servers import DOCKER_REGISTRY, HYTHE, HYTHE_2, NGINX, versions
 
 _README: Final = Path(__file__).parent / "README.md"
-_BEGIN: Final = "<!-- results: written by python -m benchmarks --write -->"
-_END: Final = "<!-- end of results -->"
+#: Where the results stand in README.md: by groups that are measured together, so that they can be measured apart.
+_PLACES: Final = {"one disk": False, "S3": True}
+_BEGIN: Final = "<!-- results, {place}: written by python -m benchmarks --write -->"
+_END: Final = "<!-- end of results, {place} -->"
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,15 @@ class Results:
     def __init__(self, results: Sequence[Result]) -> None:
         self._samples = [result for result in results if isinstance(result, Sample)]
         self._levels = [result for result in results if isinstance(result, Level)]
+
+    def part(self, *, remote: bool) -> Results:
+        """Return those of S3, or all others."""
+        results: list[Result] = [*self._samples, *self._levels]
+        return Results([result for result in results if result.measure.startswith("S3") == remote])
+
+    def __bool__(self) -> bool:
+        """Whether there is anything."""
+        return bool(self._samples or self._levels)
 
     def servers(self, measure: str) -> list[str]:
         """Return the servers that took part in a measure, in their order."""
@@ -264,12 +275,19 @@ def _processor() -> str:
     return platform.machine()
 
 
-def write(command: str, where: dict[str, str], text: str) -> None:
-    """Replace the results in README.md."""
-    before, _, rest = _README.read_text(encoding="utf-8").partition(_BEGIN)
-    _, end, after = rest.partition(_END)
-    if not end:
-        raise ValueError(f"{_README} has no place for results: {_BEGIN} … {_END}")
+def write(command: str, where: dict[str, str], results: Results) -> None:
+    """Replace those results in README.md that were measured now."""
+    for place, is_remote in _PLACES.items():
+        if part := results.part(remote=is_remote):
+            _replace(place, command, where, render(part))
+
+
+def _replace(place: str, command: str, where: dict[str, str], text: str) -> None:
+    begin, end = _BEGIN.format(place=place), _END.format(place=place)
+    before, begun, rest = _README.read_text(encoding="utf-8").partition(begin)
+    _, ended, after = rest.partition(end)
+    if not (begun and ended):
+        raise ValueError(f"{_README} has no place for results: {begin} … {end}")
     facts = ", ".join(f"{name} {value}" for name, value in where.items() if name not in ("date", "machine"))
     section = f"`{command}` on {where['date']}, {where['machine']}, {facts}.\n\n{text}"
-    _README.write_text(f"{before}{_BEGIN}\n\n{section}\n\n{_END}{after}", encoding="utf-8")
+    _README.write_text(f"{before}{begin}\n\n{section}\n\n{end}{after}", encoding="utf-8")
