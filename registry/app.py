@@ -42,6 +42,9 @@ from storage.filesystem import FilesystemStore
 OBSERVER: Final = web.AppKey("observer", Observer)
 ANSWERS: Final = web.AppKey("answers", Answers)
 
+#: For requests that were cancelled at the end of a drain.
+_LAST_SECONDS: Final = 5.0
+
 log = structlog.get_logger()
 
 
@@ -137,6 +140,8 @@ def build(settings: Settings, *, process: Process | None = None, store: Store | 
             await sweeper.start(first=process.is_first, doubt=process.doubt)
             ticking = asyncio.create_task(_tick(metrics, access_log, process.affinity))
             stack.push_async_callback(_end, ticking)
+            # Handlers that were cancelled still keep what they received, and need all of the above for it.
+            stack.push_async_callback(observer.drain, _LAST_SECONDS)
             yield
 
     app.cleanup_ctx.append(life)

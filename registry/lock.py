@@ -70,6 +70,10 @@ class Trace:
         """Take note that nothing of those who died is left. May be called in a process that was forked."""
         self._mark(_RUNNING)
 
+    def doubt(self) -> None:
+        """Take note that a process of this server died, and may have left something."""
+        self._mark(_UNCLEAR)
+
     def end(self) -> None:
         """Take note that this server ended well."""
         for descriptor in self._descriptors:

@@ -87,7 +87,7 @@ def serve(settings: Settings, announce: Callable[[str], None]) -> int:
                 )
                 return _run(_serve(settings, sockets[index], process, lambda: None, alive))
 
-            return supervise(sockets, work, ready)
+            return supervise(sockets, work, ready, trace.doubt)
 
 
 def _check_directory(root: Path) -> None:

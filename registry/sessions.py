@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Final
@@ -195,8 +195,6 @@ class Sessions:
         upload = self._store.resume(session.start)
         try:
             key = await upload.commit(digest, [piece for piece in (session.content, last) if piece])
-            untidy = session_id if session.is_torn or not upload.is_tidy else ""
-            await self._add(key, self._contents.add_blob(name, digest, StoredBlob(key, upload.offset), untidy))
         except DigestMismatch:
             await upload.abandon()
             await self._end_fresh(session)
@@ -205,11 +203,20 @@ class Sessions:
         except BaseException:
             # What it was sent before is still here, and will be written again.
             try:
-                await upload.suspend()
+                await upload.abandon()
             finally:
                 self._fresh.give_back(session)
             raise
+        untidy = session_id if session.is_torn or not upload.is_tidy else ""
+        try:
+            is_ours = await self._contents.add_blob(name, digest, StoredBlob(key, upload.offset), untidy)
+        except BaseException:
+            await self._reconsider(session, key)
+            raise
         self._fresh.forget(session)
+        if not is_ours:
+            with _logged(key):
+                await self._store.delete(key)
         return True
 
     async def _claim(self, name: RepositoryName, session_id: str, digest: Digest | None) -> Claim:
@@ -217,8 +224,8 @@ class Sessions:
         writer = str(uuid.uuid4())
         try:
             session, is_stored = await self._database.note(sessions.claim, session_id, name, writer, digest)
-        except MetadataError:
-            # It may be ours all the same, where only the answer got lost.
+        except (MetadataError, asyncio.CancelledError):
+            # It may be ours all the same, where only the answer got lost or came too late.
             with suppress(MetadataError):
                 await self._database.note(sessions.release, session_id, writer)
             raise
@@ -245,11 +252,13 @@ class Sessions:
 
     async def _end_fresh(self, session: FreshSession) -> None:
         """End a session that has no row, and nothing in the store unless it is torn."""
-        if session.is_torn:
-            with _logged(session.id):
-                await self._database.note(leftovers.add, [session.id])
-            await self._forget(session.id)
-        self._fresh.forget(session)
+        try:
+            if session.is_torn:
+                with _logged(session.id):
+                    await self._database.note(leftovers.add, [session.id])
+                await self._forget(session.id)
+        finally:
+            self._fresh.forget(session)
 
     async def _forget(self, session_id: str) -> None:
         """Delete the bytes of an upload that is over; a row says so, and brings them back to mind if this fails."""
@@ -296,20 +305,23 @@ class Sessions:
             if await self._database.note(sessions.renew, claim.session.id, claim.writer):
                 await claim.upload.undo()
 
-    async def _add(self, key: str, adding: Awaitable[bool]) -> None:
-        """Wait for the row of what a fresh session published; if it is not to be, the bytes are dropped."""
-        is_ours = False
-        try:
-            is_ours = await adding
-        finally:
-            if not is_ours:
-                with _logged(key):
-                    await self._drop(key)
+    async def _reconsider(self, session: FreshSession, key: str) -> None:
+        """Let a fresh session go on if what was published has no row. Where it has one, or nobody knows, it is over.
 
-    async def _drop(self, key: str) -> None:
-        """Delete bytes that nobody needs, unless a row came to name them all the same."""
-        if key not in await self._database.read(blobs.known_keys, [key]):
-            await self._store.delete(key)
+        It may have one all the same: a commit is not cancelled with its request. And it would be deleted with whatever
+        this session leaves, should that come to another end.
+        """
+        is_over = True
+        try:
+            with _logged(key):
+                if key not in await self._database.read(blobs.known_keys, [key]):
+                    is_over = False
+                    await self._store.delete(key)
+        finally:
+            if is_over:
+                self._fresh.forget(session)
+            else:
+                self._fresh.give_back(session)
 
 
 @contextmanager

@@ -53,6 +53,8 @@ class Sweeper:
         self._pause = sweep_seconds
         self._tasks: list[asyncio.Task[None]] = []
         self._stopping = asyncio.Event()
+        #: Leftovers of a crash that could not be deleted.
+        self._stuck = 0
 
     async def start(self, *, first: bool, doubt: Doubt | None) -> None:
         """Begin, in the process that does it for all; look for what the last run left, where it may have."""
@@ -63,7 +65,7 @@ class Sweeper:
         self._tasks.append(asyncio.create_task(self._sweep_always()))
 
     async def stop(self) -> None:
-        """End, when what was begun is done: bytes whose row is gone would be forgotten."""
+        """End, when the step under way is done; the rest is noted, and is done by the next run."""
         self._stopping.set()
         await asyncio.gather(*self._tasks)
 
@@ -106,12 +108,15 @@ class Sweeper:
             with _logged(key):
                 await self._store.delete(key)
                 cleared += 1
+        self._stuck += len(unknown) - cleared
         return cleared
 
     async def _forget(self, those: list[Leftover]) -> list[str]:
         """Let the store forget what these uploads left, and return those of which nothing is there any more."""
         gone = []
         for upload, kept in those:
+            if self._stopping.is_set():
+                break
             with _logged(upload):
                 await self._store.forget(upload, kept)
                 gone.append(upload)
@@ -124,20 +129,25 @@ class Sweeper:
         except Exception as error:
             log.error("recovery failed, it will be tried at the next start", error=repr(error))
             return
-        if not self._stopping.is_set():
+        if self._stuck:
+            log.error("recovery is not complete, it will be tried at the next start", left=self._stuck)
+        elif not self._stopping.is_set():
             doubt.settle()
             log.info("recovered after a crash", leftovers_deleted=cleared)
 
     async def _sweep_always(self) -> None:
         while not self._stopping.is_set():
-            try:
-                if dropped := await self.sweep():
-                    log.info("idle uploads dropped", uploads=dropped)
-                await self.tidy()
-            except Exception as error:
-                # Whatever it was, the next time may be better.
-                log.error("sweep failed", error=repr(error))
+            for step in (self._sweep, self.tidy):
+                try:
+                    await step()
+                except Exception as error:
+                    # Whatever it was, the other one is not to suffer from it, and the next time may be better.
+                    log.error("sweep failed", error=repr(error))
             await self._wait(self._pause)
+
+    async def _sweep(self) -> None:
+        if dropped := await self.sweep():
+            log.info("idle uploads dropped", uploads=dropped)
 
     async def _wait(self, seconds: float) -> None:
         """Wait so long, or until all is to end."""

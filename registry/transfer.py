@@ -32,6 +32,7 @@ _INLINE_SIZE: Final = 64 << 10
 _SENDFILE_SIZE: Final = 8 << 20
 #: How long a thread waits for a socket before it goes back to the pool, in milliseconds.
 _PATIENCE: Final = 50
+_STEP: Final = 256 << 10
 _STALLED: Final = "the client took nothing for too long"
 
 
@@ -250,8 +251,10 @@ class Sender:
 
     async def _write(self, response: web.StreamResponse, piece: bytes) -> None:
         try:
-            async with asyncio.timeout(self._stall):
-                await response.write(piece)
+            # Step by step: who is slow takes nothing for too long as little as who is fast.
+            for start in range(0, len(piece), _STEP):
+                async with asyncio.timeout(self._stall):
+                    await response.write(piece[start : start + _STEP])
         except TimeoutError:
             raise ConnectionResetError(_STALLED) from None
 

@@ -25,15 +25,18 @@ log = structlog.get_logger()
 Serve = Callable[[int, bool, int], int]
 
 
-def supervise(sockets: list[list[socket.socket]], serve: Serve, ready: Callable[[], None]) -> int:
+def supervise(
+    sockets: list[list[socket.socket]], serve: Serve, ready: Callable[[], None], died: Callable[[], None]
+) -> int:
     """Run a worker for each group of listening sockets until SIGTERM or SIGINT; return the exit code.
 
     Args:
         sockets: those of each worker.
         serve: what a worker does, in a process of its own.
         ready: called when all were started.
+        died: called when one ended that nobody told to.
     """
-    workers = _Workers(sockets, serve)
+    workers = _Workers(sockets, serve, died)
     for number in STOPPING:
         signal.signal(number, workers.stop)
     workers.start_all()
@@ -44,9 +47,10 @@ def supervise(sockets: list[list[socket.socket]], serve: Serve, ready: Callable[
 class _Workers:
     """The processes that serve, seen from the one that watches."""
 
-    def __init__(self, sockets: list[list[socket.socket]], serve: Serve) -> None:
+    def __init__(self, sockets: list[list[socket.socket]], serve: Serve, died: Callable[[], None]) -> None:
         self._sockets = sockets
         self._serve = serve
+        self._died = died
         self._children: dict[int, int] = {}
         self._is_stopping = False
         self._alive, self._held = os.pipe()
@@ -76,6 +80,7 @@ class _Workers:
                 # One that was told before it could listen for it has ended as it should.
                 worst = worst or (0 if code == -signal.SIGTERM else abs(code))
                 continue
+            self._died()
             log.error("a worker died and is started again", worker=index, exit_code=code)
             time.sleep(_RESTART_PAUSE)
             self._start(index, is_first=False)

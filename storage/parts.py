@@ -117,7 +117,7 @@ class Memory:
             StorageError: what this upload holds cannot be stored. That of another one is told to its own writer.
         """
         while self._used and self._used + size > self._limit:
-            idle = [each for each in self._uploads if each is upload or not each.lock.locked()]
+            idle = [each for each in self._uploads if each is upload or each.is_idle]
             landed = next((each for each in idle if each.has_landed), None)
             largest = max(self._uploads, key=lambda each: each.buffered)
             if landed is not None:
@@ -180,9 +180,10 @@ class S3Upload:
         self._finished = ""
         self._is_doubtful = False
         self._is_begun = self._is_over = False
-        self._failure: StorageError = UploadLost("this upload was let go of")
+        self._failure: StorageError | None = None
         #: Held by whoever changes any of this: the request, or one that needs memory.
-        self.lock = asyncio.Lock()
+        self._lock = asyncio.Lock()
+        self._users = 0
 
     @property
     def offset(self) -> int:
@@ -235,7 +236,9 @@ class S3Upload:
         self._stored.has_strays = True
 
     async def suspend(self) -> None:
-        async with self.lock:
+        async with self._alone():
+            if self._failure:
+                raise self._failure
             if self._is_begun and not self._is_over:
                 try:
                     await self.put_away(ends=True)
@@ -243,7 +246,7 @@ class S3Upload:
                     await self._let_go()
 
     async def abandon(self) -> None:
-        async with self.lock:
+        async with self._alone():
             if self._is_begun and not self._is_over:
                 await self._let_go()
 
@@ -274,7 +277,7 @@ class S3Upload:
 
     async def oblige(self, step: Callable[[], Awaitable[None]]) -> None:
         """Do a step for another upload, which needs the room. If it fails, it is over with this one, not with that."""
-        async with self.lock:
+        async with self._alone():
             if self._is_over:
                 return
             try:
@@ -283,11 +286,25 @@ class S3Upload:
                 self._failure = error
                 await self._let_go()
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether nobody does anything with it, or waits to."""
+        return not self._users
+
+    @contextlib.asynccontextmanager
+    async def _alone(self) -> AsyncIterator[None]:
+        self._users += 1
+        try:
+            async with self._lock:
+                yield
+        finally:
+            self._users -= 1
+
     @contextlib.asynccontextmanager
     async def _held(self) -> AsyncIterator[None]:
-        async with self.lock:
+        async with self._alone():
             if self._is_over:
-                raise self._failure
+                raise self._failure or UploadLost("this upload was let go of")
             if not self._is_begun:
                 self._begin()
             yield

@@ -176,9 +176,7 @@ def add(connection: Connection, name: RepositoryName, digest: Digest, stored: St
 def add_of(connection: Connection, upload: str, name: RepositoryName, digest: Digest, stored: StoredBlob) -> bool:
     """`add` the bytes of an upload without a session, of which the store holds more."""
     is_ours = add(connection, name, digest, stored)
-    # Once: the commit of this may have been lost, and is tried again.
-    if leftovers.find(connection, upload) is None:
-        leftovers.add(connection, [upload], _key(connection, digest))
+    leftovers.add(connection, [upload], _key(connection, digest))
     return is_ours
 
 

@@ -25,10 +25,14 @@ class Leftover(NamedTuple):
 
 
 def add(connection: Connection, uploads: Sequence[str], kept: str | None = None) -> None:
-    """Note that these uploads are over, and of one of them what became a blob."""
+    """Note that these uploads are over, and of one of them what became a blob. What is noted already stays."""
+    if not uploads:
+        return
     at = now()
-    if uploads:
-        connection.execute(insert(leftover), [{"upload": upload, "kept": kept, "at": at} for upload in uploads])
+    noted = set(connection.scalars(select(leftover.c.upload).where(leftover.c.upload.in_(uploads))))
+    rows = [{"upload": upload, "kept": kept, "at": at} for upload in uploads if upload not in noted]
+    if rows:
+        connection.execute(insert(leftover), rows)
 
 
 def find(connection: Connection, upload: str) -> Leftover | None:

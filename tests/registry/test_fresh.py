@@ -7,16 +7,19 @@ import secrets
 import threading
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import registry.fresh
 from registry.config import Settings
-from registry.errors import BlobUploadUnknown, UploadConflict
+from registry.contents import Contents
+from registry.errors import BlobUploadUnknown, MetadataUnavailable, UploadConflict
 from registry.fresh import FreshSessions
-from registry.metadata import sessions
+from registry.metadata import leftovers, sessions
 from registry.metadata.engine import Database
 from registry.metadata.sessions import Session
+from registry.sessions import Sessions
 from storage.base import Checkpoint
 from storage.digest import Digest
 from storage.errors import OutOfSpace, StoreUnavailable
@@ -409,3 +412,46 @@ async def test_strays_of_a_quick_push_that_went_on_slowly_are_remembered(
     assert (await ask(client, "PATCH", location, data=b"more")).status == 202
     assert (await ask(client, "PUT", f"{location}?digest={digest_of(CONTENT + b'more')}")).status == 201
     assert left(settings) == query(settings.database.url, "SELECT key FROM blob")
+
+
+@pytest.mark.usefixtures("long_moment")
+@pytest.mark.parametrize("is_committed", [True, False])
+@pytest.mark.parametrize("failure", [asyncio.CancelledError(), MetadataUnavailable("it is gone")], ids=repr)
+async def test_a_quick_push_whose_row_nobody_heard_of_is_never_deleted_with_its_session(
+    fresh: FreshSessions,
+    store: MemoryStore,
+    database: Database,
+    monkeypatch: pytest.MonkeyPatch,
+    failure: BaseException,
+    is_committed: bool,
+) -> None:
+    contents = Contents(database, 0, alone=True)
+    sessions_of = Sessions(store, database, contents, fresh)
+    session_id, digest = await sessions_of.open(NAME, "sha256"), Digest.of(CONTENT)
+    add_blob = contents.add_blob
+
+    async def fail(*args: Any) -> bool:
+        if is_committed:
+            await add_blob(*args)
+        raise failure
+
+    monkeypatch.setattr(contents, "add_blob", fail)
+    with pytest.raises(type(failure)):
+        await sessions_of.publish_fresh(NAME, session_id, CONTENT, digest)
+    monkeypatch.setattr(contents, "add_blob", add_blob)
+    if is_committed:
+        # It became a blob, so nobody can end it as anything else any more.
+        with pytest.raises(BlobUploadUnknown):
+            await sessions_of.cancel(NAME, session_id)
+    else:
+        assert await sessions_of.publish_fresh(NAME, session_id, CONTENT, digest)
+    blob = await contents.blob(NAME, digest)
+    assert await store.size(blob.key) == len(CONTENT)
+    assert len(store._bytes) == 1
+
+
+async def test_a_leftover_is_noted_once_with_what_is_kept_of_it(database: Database) -> None:
+    await database.write(leftovers.add, ["one"], "blobs/on/one.a")
+    await database.write(leftovers.add, ["one", "two"])
+    noted = await database.read(lambda connection: leftovers.due(connection, grace=-1))
+    assert sorted(noted) == [("one", "blobs/on/one.a"), ("two", None)]

@@ -392,8 +392,12 @@ async def test_a_claim_is_kept_for_as_long_as_publishing_takes(
     assert writers(settings) == []
 
 
+@pytest.mark.parametrize("failure", [asyncio.CancelledError(), MetadataUnavailable("it is gone")], ids=repr)
 async def test_a_claim_whose_answer_was_lost_is_let_go_of(
-    kept: tuple[Sessions, Database, Store], settings: Settings, monkeypatch: pytest.MonkeyPatch
+    kept: tuple[Sessions, Database, Store],
+    settings: Settings,
+    monkeypatch: pytest.MonkeyPatch,
+    failure: BaseException,
 ) -> None:
     held, database, _ = kept
     session_id = await held.open(NAME, "sha256")
@@ -402,11 +406,11 @@ async def test_a_claim_whose_answer_was_lost_is_let_go_of(
     async def lose(unit: Any, *args: Any, **kwargs: Any) -> Any:
         result = await note(unit, *args, **kwargs)
         if unit is sessions.claim:
-            raise MetadataUnavailable("the database was lost during a commit")
+            raise failure
         return result
 
     monkeypatch.setattr(database, "note", lose)
-    with pytest.raises(MetadataUnavailable):
+    with pytest.raises(type(failure)):
         async with held.claimed(NAME, session_id):
             raise AssertionError("nobody may write")
     assert writers(settings) == [None]

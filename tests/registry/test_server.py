@@ -20,6 +20,7 @@ import psutil
 import pytest
 
 from tests.content import digest_of
+from tests.facts import query
 from tests.services.processes import HytheServer, answers, free_port, hythe_server, wait_until
 
 CONTENT = bytes(range(256)) * (64 << 10)  # 16 MiB: more than any buffer between the two ends
@@ -421,6 +422,16 @@ def test_a_signal_right_after_the_start_is_not_lost(tmp_path: Path, workers: str
                 pytest.fail("it does not end")
 
 
+@each_number_of_workers
+def test_what_a_request_brought_is_kept_when_the_time_to_drain_is_over(tmp_path: Path, workers: str) -> None:
+    with serving(tmp_path, workers, HYTHE_SERVER__DRAIN_SECONDS="1") as server:
+        with SlowUpload(server, begin(server)):
+            assert server.stop() == 0
+        rows = query(f"sqlite:///{server.data / 'hythe.db'}", 'SELECT writer, "offset" FROM upload_session')
+        # All but what was still being received; and nobody has to wait for a claim to end by itself.
+        assert [(writer, 0 < offset <= HALF) for writer, offset in rows] == [(None, True)]
+
+
 # --- the crash -------------------------------------------------------------------------------------------
 
 
@@ -477,6 +488,8 @@ def test_a_worker_that_died_is_started_again(tmp_path: Path) -> None:
             assert ask(server, "GET", blob)[2] == b"content"
         assert "a worker died and is started again" in server.output.read_text()
         assert server.stop() == 0
+        # It may have left files without a row, so the next start is to look for them, however this one ended.
+        assert (server.data / "hythe.lock").read_bytes() == b"unclear\n"
 
 
 def kill_worker(server: HytheServer, worker: psutil.Process) -> set[int]:

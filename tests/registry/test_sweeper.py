@@ -246,20 +246,67 @@ async def test_bytes_that_cannot_be_deleted_do_not_keep_those_of_others(
     assert await keys(store) <= {odd}
 
 
-async def test_a_sweep_that_is_stopped_finishes_what_it_began(
-    store: FilesystemStore, database: Database, sweeper: Sweeper
+async def test_a_sweep_that_is_stopped_ends_soon_and_forgets_nothing(
+    store: FilesystemStore, database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for number in range(40):
         await open_session(store, database, f"idle-{number}", IDLE + 5)
+    forget, begun = store.forget, asyncio.Event()
+
+    async def slowly(name: str, kept: str | None = None) -> None:
+        begun.set()
+        await asyncio.sleep(0.05)
+        await forget(name, kept)
+
+    monkeypatch.setattr(store, "forget", slowly)
+    stopped = Sweeper(store, database, IDLE, 3600)
+    await stopped.start(first=True, doubt=None)
+    await begun.wait()
+    await stopped.stop()
+    left = {key.removeprefix("uploads/") for key in await keys(store)}
+    assert 30 < len(left) < 40
+    noted = await database.read(lambda connection: leftovers.due(connection, grace=-1))
+    assert left <= {each.upload for each in noted}
+
+
+async def test_what_cannot_be_swept_keeps_nothing_from_being_tidied(
+    store: FilesystemStore, database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def fail(_: Sweeper) -> int:
+        raise RuntimeError("nobody thought of this")
+
+    monkeypatch.setattr(Sweeper, "sweep", fail)
+    await put_bytes(store, "left")
+    await database.write(leftovers.add, ["left"])
+    await database.write(lambda connection: connection.execute(update(leftover).values(at=1)))
+    sweeper = Sweeper(store, database, IDLE, 3600)
     await sweeper.start(first=True, doubt=None)
 
-    async def has_begun() -> bool:
-        return not await database.read(ids)
+    async def is_gone() -> bool:
+        return not await keys(store)
 
-    await until(has_begun)
+    await until(is_gone)
     await sweeper.stop()
-    # Nothing would ever look for bytes without a row again: only a crash makes the server do so.
-    assert await keys(store) == set()
+
+
+async def test_a_crash_whose_leftovers_cannot_be_deleted_is_not_settled(
+    store: FilesystemStore, database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def fail(_: str) -> None:
+        raise StorageError("not now")
+
+    await put_bytes(store, "left")
+    monkeypatch.setattr(store, "delete", fail)
+    settled: list[None] = []
+    sweeper = Sweeper(store, database, IDLE, 3600)
+    await sweeper.start(first=True, doubt=Doubt(time.time() + 1, 0, lambda: settled.append(None)))
+
+    async def is_tried() -> bool:
+        return sweeper._stuck == 1
+
+    await until(is_tried)
+    await sweeper.stop()
+    assert not settled
 
 
 async def test_what_a_dead_run_left_is_settled_when_it_is_gone_and_not_before(

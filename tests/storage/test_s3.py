@@ -264,7 +264,10 @@ async def test_an_upload_that_cannot_be_put_away_harms_none_that_needs_its_room(
     assert await good.commit(Digest.of(SMALL + LARGE[: 2 * MIB]))
     with pytest.raises(StoreUnavailable, match="AccessDenied"):
         await broken.write([SMALL])
-    await broken.suspend()
+    # Its client must not hear that all is kept, if this was its last step.
+    with pytest.raises(StoreUnavailable, match="AccessDenied"):
+        await broken.suspend()
+    await broken.abandon()
     assert broken.checkpoint().offset == 0
     assert store._shared.memory._used == 0
 
