@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import os
 import select
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing, asynccontextmanager, closing
 from typing import Final
 
 from aiohttp import StreamReader, hdrs, web
@@ -32,8 +33,6 @@ _INLINE_SIZE: Final = 64 << 10
 _SENDFILE_SIZE: Final = 8 << 20
 #: How long a thread waits for a socket before it goes back to the pool, in milliseconds.
 _PATIENCE: Final = 50
-_STEP: Final = 256 << 10
-_STALLED: Final = "the client took nothing for too long"
 
 
 class Receiver:
@@ -243,20 +242,14 @@ class Sender:
             # The first piece before the head: what cannot be read can still be said.
             piece = await anext(pieces, b"")
             await response.prepare(request)
-            await self._write(response, piece)
-            async for piece in pieces:
-                await self._write(response, piece)
-        await response.write_eof()
+            with closing(_StallWatch(request.transport, self._stall)) as watch:
+                watch.given += len(piece)
+                await response.write(piece)
+                async for piece in pieces:
+                    watch.given += len(piece)
+                    await response.write(piece)
+                await response.write_eof()
         return response
-
-    async def _write(self, response: web.StreamResponse, piece: bytes) -> None:
-        try:
-            # Step by step: who is slow takes nothing for too long as little as who is fast.
-            for start in range(0, len(piece), _STEP):
-                async with asyncio.timeout(self._stall):
-                    await response.write(piece[start : start + _STEP])
-        except TimeoutError:
-            raise ConnectionResetError(_STALLED) from None
 
     async def _send_file(self, transport: asyncio.Transport, file: int, start: int, stop: int) -> None:
         sock = transport.get_extra_info("socket")
@@ -281,9 +274,36 @@ class Sender:
             async with asyncio.timeout(self._stall):
                 await ready
         except TimeoutError:
-            raise ConnectionResetError(_STALLED) from None
+            raise ConnectionResetError("the client took nothing for too long") from None
         finally:
             loop.remove_writer(target)
+
+
+class _StallWatch:
+    """Ends a connection whose client takes nothing for too long, without a timer for each piece.
+
+    Attributes:
+        given: bytes of the answer that were handed to the connection.
+    """
+
+    def __init__(self, transport: asyncio.Transport | None, seconds: float) -> None:
+        self.given = 0
+        self._transport = transport
+        self._seconds = seconds
+        self._taken, self._since = 0, time.monotonic()
+        self._look()
+
+    def close(self) -> None:
+        """Watch no longer."""
+        self._next.cancel()
+
+    def _look(self) -> None:
+        waiting = self._transport.get_write_buffer_size() if self._transport else 0
+        if not waiting or self.given - waiting != self._taken:
+            self._taken, self._since = self.given - waiting, time.monotonic()
+        elif self._transport and time.monotonic() - self._since >= self._seconds:
+            self._transport.abort()
+        self._next = asyncio.get_running_loop().call_later(self._seconds / 4, self._look)
 
 
 def _begun(request: web.Request, status: int, headers: CIMultiDict[str]) -> web.StreamResponse:

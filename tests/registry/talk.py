@@ -128,6 +128,11 @@ class Wire:
         """Close our direction only."""
         self._writer.write_eof()
 
+    async def some(self, size: int) -> bytes:
+        """Read up to so many bytes, none at the end."""
+        async with asyncio.timeout(_PATIENCE):
+            return await self._reader.read(size)
+
     async def rest(self) -> bytes:
         """Read until the other side closes."""
         async with asyncio.timeout(_PATIENCE):

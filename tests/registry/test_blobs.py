@@ -211,3 +211,19 @@ async def test_a_client_that_takes_nothing_is_let_go(start: Start) -> None:
         await connection.request("GET", f"/v2/org/team/app/blobs/{digest}")
         await asyncio.sleep(2.5)
         assert len(await connection.rest()) < len(content)
+
+
+async def test_a_client_that_is_slow_gets_all_of_it(start: Start) -> None:
+    client = await start(uploads={"stall_seconds": 1})
+    content = secrets.token_bytes(24 << 20)
+    digest = digest_of(content)
+    pushed = await ask(client, "POST", f"/v2/org/team/app/blobs/uploads/?digest={digest}", data=BytesIO(content))
+    assert pushed.status == 201
+    async with wire(client) as connection:
+        await connection.request("GET", f"/v2/org/team/app/blobs/{digest}", ["Connection: close"])
+        received = bytearray()
+        while piece := await connection.some(1 << 20):
+            received += piece
+            # The whole takes several times as long as it may take nothing.
+            await asyncio.sleep(0.1)
+    assert received.endswith(content)
