@@ -68,22 +68,21 @@ class Results:
     """All that was measured."""
 
     def __init__(self, results: Sequence[Result]) -> None:
+        self._all = results
         self._samples = [result for result in results if isinstance(result, Sample)]
         self._levels = [result for result in results if isinstance(result, Level)]
 
     def part(self, *, remote: bool) -> Results:
         """Return those of S3, or all others."""
-        results: list[Result] = [*self._samples, *self._levels]
-        return Results([result for result in results if result.measure.startswith("S3") == remote])
+        return Results([result for result in self._all if result.measure.startswith("S3") == remote])
 
     def __bool__(self) -> bool:
         """Whether there is anything."""
-        return bool(self._samples or self._levels)
+        return bool(self._all)
 
     def servers(self, measure: str) -> list[str]:
         """Return the servers that took part in a measure, in their order."""
-        results: list[Result] = [*self._samples, *self._levels]
-        return list(dict.fromkeys(result.server for result in results if result.measure == measure))
+        return list(dict.fromkeys(result.server for result in self._all if result.measure == measure))
 
     def rates(self, measure: str, server: str) -> list[float]:
         """Return amounts per second, one for each round."""

@@ -43,7 +43,7 @@ OBSERVER: Final = web.AppKey("observer", Observer)
 ANSWERS: Final = web.AppKey("answers", Answers)
 
 #: For requests that were cancelled at the end of a drain.
-_LAST_SECONDS: Final = 5.0
+_CANCELLED_SECONDS: Final = 5.0
 
 log = structlog.get_logger()
 
@@ -141,7 +141,7 @@ def build(settings: Settings, *, process: Process | None = None, store: Store | 
             ticking = asyncio.create_task(_tick(metrics, access_log, process.affinity))
             stack.push_async_callback(_end, ticking)
             # Handlers that were cancelled still keep what they received, and need all of the above for it.
-            stack.push_async_callback(observer.drain, _LAST_SECONDS)
+            stack.push_async_callback(observer.drain, _CANCELLED_SECONDS)
             yield
 
     app.cleanup_ctx.append(life)

@@ -83,7 +83,9 @@ class Sweeper:
         while not self._stopping.is_set() and (found := await self._database.read(leftovers.due)):
             gone = await self._forget(found)
             await self._database.write(leftovers.forget, gone)
-            await self._database.write(leftovers.postpone, [left.upload for left in found if left.upload not in gone])
+            if len(gone) < len(found):
+                stuck = {left.upload for left in found}.difference(gone)
+                await self._database.write(leftovers.postpone, sorted(stuck))
 
     async def clear(self, before: float) -> int:
         """Delete stored objects without a row that were there `before` (seconds since the epoch)."""

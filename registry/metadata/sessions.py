@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from sqlalchemy import Connection, and_, bindparam, delete, func, insert, or_, select, update
+from sqlalchemy import ColumnElement, Connection, and_, bindparam, delete, func, insert, or_, select, update
 
 from registry.errors import BlobUploadUnknown, UploadConflict
 from registry.metadata import leftovers
@@ -180,14 +180,17 @@ def advance(connection: Connection, session_id: str, writer: str, checkpoint: Ch
 
 def renew(connection: Connection, session_id: str, writer: str) -> bool:
     """Make a claim begin anew; False where `writer` has it no more."""
-    held = and_(upload_session.c.id == session_id, upload_session.c.writer == writer)
-    return bool(connection.execute(update(upload_session).where(held).values(claimed_at=now())).rowcount)
+    renewed = update(upload_session).where(*_held(session_id, writer)).values(claimed_at=now())
+    return bool(connection.execute(renewed).rowcount)
 
 
 def release(connection: Connection, session_id: str, writer: str) -> None:
     """Let go of a claim under which nothing was written; none there is fine."""
-    held = and_(upload_session.c.id == session_id, upload_session.c.writer == writer)
-    connection.execute(update(upload_session).where(held).values(writer=None))
+    connection.execute(update(upload_session).where(*_held(session_id, writer)).values(writer=None))
+
+
+def _held(session_id: str, writer: str) -> tuple[ColumnElement[bool], ...]:
+    return upload_session.c.id == session_id, upload_session.c.writer == writer
 
 
 def remove(connection: Connection, session_id: str, repository: RepositoryName, writer: str | None = None) -> None:

@@ -200,15 +200,21 @@ async def test_a_malformed_digest_is_refused(client: Client, digest: str) -> Non
     assert response.codes == ["DIGEST_INVALID"]
 
 
+async def push_large(client: Client, content: bytes) -> str:
+    """Push content that is too large to be sent in one piece, and return where it is."""
+    digest = digest_of(content)
+    pushed = await ask(client, "POST", f"/v2/org/team/app/blobs/uploads/?digest={digest}", data=BytesIO(content))
+    assert pushed.status == 201
+    return f"/v2/org/team/app/blobs/{digest}"
+
+
 async def test_a_client_that_takes_nothing_is_let_go(start: Start) -> None:
     client = await start(uploads={"stall_seconds": 1})
     # More than two sockets hold.
     content = secrets.token_bytes(32 << 20)
-    digest = digest_of(content)
-    pushed = await ask(client, "POST", f"/v2/org/team/app/blobs/uploads/?digest={digest}", data=BytesIO(content))
-    assert pushed.status == 201
+    path = await push_large(client, content)
     async with wire(client) as connection:
-        await connection.request("GET", f"/v2/org/team/app/blobs/{digest}")
+        await connection.request("GET", path)
         await asyncio.sleep(2.5)
         assert len(await connection.rest()) < len(content)
 
@@ -216,11 +222,9 @@ async def test_a_client_that_takes_nothing_is_let_go(start: Start) -> None:
 async def test_a_client_that_is_slow_gets_all_of_it(start: Start) -> None:
     client = await start(uploads={"stall_seconds": 1})
     content = secrets.token_bytes(24 << 20)
-    digest = digest_of(content)
-    pushed = await ask(client, "POST", f"/v2/org/team/app/blobs/uploads/?digest={digest}", data=BytesIO(content))
-    assert pushed.status == 201
+    path = await push_large(client, content)
     async with wire(client) as connection:
-        await connection.request("GET", f"/v2/org/team/app/blobs/{digest}", ["Connection: close"])
+        await connection.request("GET", path, ["Connection: close"])
         received = bytearray()
         while piece := await connection.some(1 << 20):
             received += piece
