@@ -1,10 +1,11 @@
 """Answers that are given again.
 
 A fleet asks for the same few manifests, each client in the same words. As long as nothing was written, the same bytes
-asked get the same bytes answered, whatever stands in them: path, Accept, credentials, conditions. So the whole head of
-a request is the key, and an answer found under it needs no parsing, no routing and no look-up; only its date and its
-request id are new. A handler says which of its answers depend on nothing but the head and the epoch of `cache.py`; and
-who may ask must depend on nothing else either (`access.py`): a right that ends by the clock has to end an epoch.
+asked get the same bytes answered, whatever stands in them: path, Accept, token, conditions. So the whole head of a
+request is the key, and an answer found under it needs no parsing, no routing and no look-up; only its date and its
+request id are new. A handler says which of its answers depend on nothing but the head and the epoch of `cache.py`. Who
+may ask depends on the head and the epoch too, which every change of anybody's rights ends; and on the clock, so an
+answer is given no longer than the token lasts by which it was asked for.
 """
 
 from __future__ import annotations
@@ -18,17 +19,25 @@ from typing import Final, NamedTuple
 
 from aiohttp import hdrs, web
 
+from registry.access import OPEN
 from registry.cache import ENTRY_SIZE, Cache
+from registry.clients import Clients
+from registry.gate import Gate
+from registry.limits import network_of
 from registry.logs import Access
 from registry.record import Recorder, logged_path
-from registry.responses import REPEATABLE, ROUTE
+from registry.responses import COUNTED, REPEATABLE, ROUTE, WHO
 
 #: A head that is understood by us as by any parser, and that no body follows. [RFC 9112, 2 to 6]
 _PLAIN: Final = re.compile(
     rb"(?:GET|HEAD) [!-~]+ HTTP/1\.1\r\n(?:[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t -~\x80-\xff]*\r\n)+\r\n"
 )
 _BEGINNINGS: Final = (b"GET /", b"HEAD /")
-_UNPLAIN: Final = re.compile(rb"\r\n(?:content-length|transfer-encoding|upgrade|expect|x-request-id):", re.IGNORECASE)
+#: Passwords are not kept in memory, as long as it can be helped.
+_UNPLAIN: Final = re.compile(
+    rb"\r\n(?:content-length:|transfer-encoding:|upgrade:|expect:|x-request-id:|authorization:[ \t]*basic)",
+    re.IGNORECASE,
+)
 #: Larger bodies are not worth their memory: what counts for them is the way through the socket.
 _BODY_LIMIT: Final = 16 << 10
 #: How many heads that were asked once are told from those that were not.
@@ -39,7 +48,11 @@ _OWN: Final = frozenset(["date", "x-request-id"])
 
 
 class Answer(NamedTuple):
-    """An answer as it goes out, but for its own lines, and what the log says of it."""
+    """An answer as it goes out, but for its own lines, and what the log says of it.
+
+    `address` is that of the client, `peer` the one that its connection came from; `client` is whom limits count it for.
+    `until` is when who asked must say anew who he is, in seconds since the epoch.
+    """
 
     start: bytes
     end: bytes
@@ -49,6 +62,11 @@ class Answer(NamedTuple):
     status: int
     size: int
     agent: str
+    user: str
+    address: str
+    peer: str
+    client: str
+    until: float
 
 
 def is_plain(data: bytes) -> bool:
@@ -59,10 +77,17 @@ def is_plain(data: bytes) -> bool:
 class Answers:
     """What was answered lately."""
 
-    def __init__(self, cache: Cache, recorder: Recorder) -> None:
-        """Remember in `cache`; let `recorder` count and log what is given again."""
+    def __init__(
+        self, cache: Cache, recorder: Recorder, gate: Gate | None = None, clients: Clients | None = None
+    ) -> None:
+        """Remember in `cache`; let `recorder` count and log what is given again.
+
+        `gate` and `clients` tell whom an answer is for, and whether he asks too often; without them it is for all.
+        """
         self._cache = cache
         self._recorder = recorder
+        self._gate = gate
+        self._clients = clients
         self._marks: set[int] = set()
         self._is_ended = False
         self.epoch: Callable[[], int] = cache.epoch
@@ -71,12 +96,19 @@ class Answers:
         """Give nothing again from now on: connections shall end with their next answers."""
         self._is_ended = True
 
-    def find(self, head: bytes) -> Answer | None:
-        """Return what these bytes are answered now, as far as it is known."""
+    def find(self, head: bytes, peer: str) -> Answer | None:
+        """Return what these bytes, coming from an address, are answered now, as far as it is known."""
         if self._is_ended or not head.startswith(_BEGINNINGS):
             return None
         found = self._cache.get(head)
-        return found if isinstance(found, Answer) else None
+        if not isinstance(found, Answer) or found.until <= time.time():
+            return None
+        if found.address != found.peer and found.peer != peer:
+            # Its head says where it comes from: another proxy must be believed anew.
+            return None
+        if self._gate and self._gate.rate.is_on and self._gate.rate.take(found.client or network_of(peer)):
+            return None
+        return found
 
     def give(self, answer: Answer, remote: str) -> bytes:
         """Return the bytes to send to `remote`, and count and log them."""
@@ -94,16 +126,22 @@ class Answers:
                 bytes_in=0,
                 bytes_out=answer.size,
                 duration=time.perf_counter() - began,
-                remote=remote,
+                remote=answer.address if answer.address != answer.peer else remote,
                 request_id=request_id,
                 agent=answer.agent,
+                user=answer.user,
             ),
         )
         return data
 
     def remember(self, head: bytes, epoch: int, request: web.BaseRequest, response: web.StreamResponse) -> None:
         """Keep what was answered to `head`, which came in `epoch`, if its handler said that it can be repeated."""
-        if REPEATABLE not in request or not isinstance(response, web.Response) or not response.keep_alive:
+        if (
+            REPEATABLE not in request
+            or COUNTED in request
+            or not isinstance(response, web.Response)
+            or not response.keep_alive
+        ):
             return
         if response.status >= _FAILURE:
             # Something went wrong after the handler had said so.
@@ -116,6 +154,8 @@ class Answers:
             return
         lines = [f"{name}: {value}\r\n" for name, value in response.headers.items() if name.lower() not in _OWN]
         start = f"HTTP/1.1 {response.status} {response.reason}\r\n{''.join(lines)}".encode()
+        who = request.get(WHO, OPEN)
+        peer = request.remote or ""
         answer = Answer(
             start,
             body,
@@ -125,6 +165,11 @@ class Answers:
             response.status,
             len(body),
             request.headers.get(hdrs.USER_AGENT, ""),
+            who.name,
+            self._clients.address(request) if self._clients else peer,
+            peer,
+            f"account {who.account}" if who.account else "",
+            who.until,
         )
         size = len(head) + len(start) + len(body) + len(answer.path) + len(answer.agent)
         self._cache.put(head, answer, epoch, ENTRY_SIZE + size)

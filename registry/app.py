@@ -4,36 +4,46 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import msgspec
 import structlog
 from aiohttp import web
 
-from registry.access import OpenAccess, Right
+from registry.access import Right
+from registry.accounts import Follower
 from registry.affinity import Affinity
 from registry.answers import Answers
+from registry.audit import Auditor
 from registry.blobs import Blobs
 from registry.browse import Browse
+from registry.clients import Clients
 from registry.config import Settings
 from registry.contents import Contents
 from registry.dispatch import Dispatcher, Table
 from registry.fresh import FreshSessions
+from registry.gate import Gate
 from registry.health import Health
+from registry.issuers import Issuers
+from registry.limits import LoginLimits
 from registry.listings import Listings
-from registry.logs import AccessLog, is_json
+from registry.logins import Logins
+from registry.logs import Lines, is_json
 from registry.manifests import Manifests
 from registry.metadata.engine import Database, open_database
 from registry.metrics import Metrics
 from registry.middleware import Observer
+from registry.passwords import Passwords
 from registry.record import Recorder
 from registry.referrers import Referrers
 from registry.routes import Endpoint
 from registry.sessions import Sessions
+from registry.signing import Signer
 from registry.sweeper import Doubt, Sweeper
+from registry.tokens import Tokens
 from registry.transfer import Receiver, Sender
 from registry.uploads import Uploads
 from storage.base import Store
@@ -98,48 +108,64 @@ def build(settings: Settings, *, process: Process | None = None, store: Store | 
     process = process or Process()
     store = store or open_store(settings, process.affinity)
     database = open_facts(settings, process.affinity)
-    contents = Contents(database, settings.cache.bytes, alone=process.alone)
+    rights = database.watch_rights()
+    contents = Contents(database, settings.cache.bytes, alone=process.alone, rights=rights)
     fresh = FreshSessions(store, database, enabled=process.alone)
-    access = OpenAccess()
     receiver = Receiver(settings.uploads.concurrent, settings.uploads.buffer_bytes, settings.uploads.stall_seconds)
     sender = Sender(settings.uploads.stall_seconds, begin=process.affinity.join)
     metrics = Metrics(process.shared, store.requests)
-    access_log = AccessLog(as_json=is_json(settings.log)) if settings.log.access else None
-    sweeper = Sweeper(store, database, settings.uploads.idle_seconds, settings.uploads.sweep_seconds)
+    lines = Lines(as_json=is_json(settings.log))
+    clients = Clients(settings.server)
+    auditor = Auditor(database, clients, lines)
+    signer = Signer(database, settings.accounts)
+    passwords = Passwords()
+    logins = Logins(database, passwords, Issuers(settings.issuers), LoginLimits())
+    gate = Gate(database, rights, signer, logins, clients, auditor, settings)
+    sweeper = Sweeper(
+        store,
+        database,
+        settings.uploads.idle_seconds,
+        settings.uploads.sweep_seconds,
+        audit_days=settings.audit.days,
+    )
 
     table = _table(
         settings,
-        Blobs(store, contents, sender),
-        Uploads(database, Sessions(store, database, contents, fresh), receiver, access),
-        Manifests(store, contents, receiver, settings.registry),
-        Listings(database, access),
+        Tokens(database, gate, signer, auditor, receiver, settings.accounts),
+        Blobs(store, contents, sender, auditor),
+        Uploads(database, Sessions(store, database, contents, fresh), receiver, gate, auditor),
+        Manifests(store, contents, receiver, auditor, settings.registry),
+        Listings(database),
         Referrers(database, contents),
     )
-    recorder = Recorder(metrics, access_log)
-    observer = Observer(recorder)
+    recorder = Recorder(metrics, lines if settings.log.access else None)
+    observer = Observer(recorder, clients)
     app = web.Application(middlewares=[observer.middleware()])
     app[OBSERVER] = observer
-    app[ANSWERS] = Answers(contents.cache, recorder)
-    app.router.add_route("*", "/v2/{path:.*}", Dispatcher(table, access).handle, expect_handler=_uninvited)
+    app[ANSWERS] = Answers(contents.cache, recorder, gate, clients)
+    app.router.add_route("*", "/v2/{path:.*}", Dispatcher(table, gate).handle, expect_handler=_uninvited)
     app.router.add_get("/v2", _to_base)
-    app.router.add_routes(Browse(database, contents, access, delete=settings.registry.delete).routes())
-    app.router.add_routes(Health(database, store, metrics, fresh).routes())
+    app.router.add_routes(Browse(database, contents, gate, auditor, delete=settings.registry.delete).routes())
+    app.router.add_routes(Health(database, store, metrics, fresh, gate).routes())
 
     async def life(_: web.Application) -> AsyncIterator[None]:
         # Each is closed whatever becomes of the others, the last one opened first.
         async with contextlib.AsyncExitStack() as stack:
-            if access_log:
-                stack.callback(access_log.close)
+            stack.callback(lines.close)
             stack.push_async_callback(store.close)
             stack.callback(contents.close)
+            if rights is not None:
+                stack.callback(rights.close)
             stack.push_async_callback(database.close)
+            stack.push_async_callback(passwords.close)
             stack.push_async_callback(receiver.close)
             stack.push_async_callback(sender.close)
             stack.push_async_callback(fresh.close)
             stack.push_async_callback(sweeper.stop)
             await sweeper.start(first=process.is_first, doubt=process.doubt)
-            ticking = asyncio.create_task(_tick(metrics, access_log, process.affinity))
-            stack.push_async_callback(_end, ticking)
+            stack.push_async_callback(auditor.flush)
+            for always in _always(settings, process, database, metrics, lines, auditor):
+                stack.push_async_callback(_end, asyncio.create_task(always))
             # Handlers that were cancelled still keep what they received, and need all of the above for it.
             stack.push_async_callback(observer.drain, _CANCELLED_SECONDS)
             yield
@@ -150,6 +176,7 @@ def build(settings: Settings, *, process: Process | None = None, store: Store | 
 
 def _table(
     settings: Settings,
+    tokens: Tokens,
     blobs: Blobs,
     uploads: Uploads,
     manifests: Manifests,
@@ -158,6 +185,7 @@ def _table(
 ) -> Table:
     table: Table = {
         Endpoint.BASE: {"GET": (listings.check, Right.PULL), "HEAD": (listings.check, Right.PULL)},
+        Endpoint.TOKEN: {"GET": (tokens.get, Right.PULL), "POST": (tokens.post, Right.PULL)},
         Endpoint.CATALOG: {"GET": (listings.catalog, Right.PULL)},
         Endpoint.DISCOVER: {"GET": (listings.discover, Right.PULL)},
         Endpoint.TAGS: {"GET": (listings.tags, Right.PULL)},
@@ -190,12 +218,21 @@ async def _to_base(_: web.Request) -> web.StreamResponse:
     return web.Response(status=301, headers={"Location": "/v2/"})
 
 
-async def _tick(metrics: Metrics, access_log: AccessLog | None, affinity: Affinity) -> None:
+def _always(
+    settings: Settings, process: Process, database: Database, metrics: Metrics, lines: Lines, auditor: Auditor
+) -> list[Coroutine[Any, Any, None]]:
+    """Return what runs beside requests until the end."""
+    running = [_tick(metrics, lines, process.affinity), auditor.keep_writing()]
+    if settings.accounts.htpasswd and process.is_first:
+        running.append(Follower(database, Path(settings.accounts.htpasswd)).keep_looking())
+    return running
+
+
+async def _tick(metrics: Metrics, lines: Lines, affinity: Affinity) -> None:
     """Write what was logged, tell the other processes what was counted, look at the processors, twice a second."""
     while True:
         await asyncio.sleep(0.5)
-        if access_log:
-            access_log.flush()
+        lines.flush()
         try:
             await asyncio.to_thread(metrics.share)
             await asyncio.to_thread(affinity.look)

@@ -8,6 +8,7 @@ from collections.abc import AsyncGenerator
 from aiohttp import hdrs, web
 from multidict import CIMultiDict
 
+from registry.audit import Auditor
 from registry.calls import Call
 from registry.contents import Contents
 from registry.ranges import parse_ranges
@@ -22,8 +23,9 @@ _Headers = CIMultiDict[str]
 class Blobs:
     """Blobs that are there."""
 
-    def __init__(self, store: Store, contents: Contents, sender: Sender) -> None:
+    def __init__(self, store: Store, contents: Contents, sender: Sender, auditor: Auditor) -> None:
         """Serve what `contents` knows of, from `store`, by `sender`."""
+        self._auditor = auditor
         self._store = store
         self._contents = contents
         self._sender = sender
@@ -64,7 +66,11 @@ class Blobs:
 
     async def delete(self, call: Call) -> web.StreamResponse:
         """DELETE: gone from this repository; others keep it."""
-        await self._contents.delete_blob(call.repository, call.digest())
+        event = self._auditor.event(
+            call.request, call.identity, "blob.delete", repository=call.repository, target=str(call.digest())
+        )
+        await self._contents.delete_blob(call.repository, call.digest(), event)
+        self._auditor.tell(event)
         return web.Response(status=202)
 
 

@@ -13,9 +13,11 @@ from typing import Any, Final
 import msgspec
 from aiohttp import web
 
-from registry.access import Access, Identity, Right
+from registry.access import Identity, Right
+from registry.audit import Auditor
 from registry.contents import Contents
-from registry.errors import BadRequest, Denied, ManifestInvalid, ManifestUnknown, Unsupported
+from registry.errors import BadRequest, ManifestInvalid, ManifestUnknown, Unsupported
+from registry.gate import Gate
 from registry.listings import page
 from registry.metadata import repositories, tags
 from registry.metadata.engine import Database
@@ -28,54 +30,69 @@ from storage.names import Reference, RepositoryName, parse_reference, parse_repo
 from storage.oci import INDEXES, Descriptor, parse_manifest
 
 _Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+_Gated = Callable[[web.Request, Identity], Awaitable[web.StreamResponse]]
 _PAGE_LIMIT: Final = 1000
 
 
 class Browse:
     """Looks around in the tree, and removes from it."""
 
-    def __init__(self, database: Database, contents: Contents, access: Access, *, delete: bool) -> None:
-        """Show what is in `database`; `delete` says whether anything may be removed."""
+    def __init__(self, database: Database, contents: Contents, gate: Gate, auditor: Auditor, *, delete: bool) -> None:
+        """Show what is in `database` and `gate` lets see; `delete` says whether anything may be removed."""
         self._database = database
         self._contents = contents
-        self._access = access
+        self._gate = gate
+        self._auditor = auditor
         self._delete = delete
 
     def routes(self) -> list[web.RouteDef]:
         """Return the routes of this API."""
         return [
             web.get("/api/v1/openapi.json", self.describe, allow_head=False),
-            web.get("/api/v1/repositories", self.repositories, allow_head=False),
-            web.get("/api/v1/tags", self.tags, allow_head=False),
-            web.get("/api/v1/manifest", self.manifest, allow_head=False),
-            web.delete("/api/v1/manifest", self.remove),
+            web.get("/api/v1/repositories", self._gated(self.repositories), allow_head=False),
+            web.get("/api/v1/tags", self._gated(self.tags), allow_head=False),
+            web.get("/api/v1/manifest", self._gated(self.manifest), allow_head=False),
+            web.delete("/api/v1/manifest", self._gated(self.remove)),
         ]
+
+    def _gated(self, handler: _Gated) -> _Handler:
+        """Let a request in when it is known who sends it; about what it names, the handler asks."""
+
+        async def handle(request: web.Request) -> web.StreamResponse:
+            identity = await self._gate.identify(request)
+            self._gate.demand_valid(request, identity)
+            if not identity.account and not identity.readable():
+                self._gate.demand_known(request, identity)
+            return await handler(request, identity)
+
+        return handle
 
     async def describe(self, request: web.Request) -> web.StreamResponse:  # noqa: ARG002
         """GET `openapi.json`: this API's description."""
         content = resources.files("registry").joinpath("openapi.json").read_bytes()
         return web.Response(body=content, content_type="application/json")
 
-    async def repositories(self, request: web.Request) -> web.StreamResponse:
+    async def repositories(self, request: web.Request, identity: Identity) -> web.StreamResponse:
         """GET `repositories`: what lies right below `path`."""
         path = request.query.get("path", "")
         if path:
             path = parse_repository(path)
         limit, last = _page(request)
-        nodes = await self._database.read(repositories.children, path, last, limit + 1)
-        shown = [_node(node) for node in nodes[:limit] if self._may_see(node)]
-        return json_response({"repositories": shown, "next": _next(nodes, limit)})
+        if identity.scope is not None:
+            self._gate.demand_catalog(request, identity)
+        nodes = await self._database.read(repositories.children, path, identity.readable(), last, limit + 1)
+        return json_response({"repositories": [_node(node) for node in nodes[:limit]], "next": _next(nodes, limit)})
 
-    async def tags(self, request: web.Request) -> web.StreamResponse:
+    async def tags(self, request: web.Request, identity: Identity) -> web.StreamResponse:
         """GET `tags`: the tags of `repository`, with what they point to."""
-        name = self._repository(request, Right.PULL)
+        name = self._repository(request, identity, Right.PULL)
         limit, last = _page(request)
         details = await self._database.read(tags.details, name, last, limit + 1)
         return json_response({"tags": [_tag(detail) for detail in details[:limit]], "next": _next(details, limit)})
 
-    async def manifest(self, request: web.Request) -> web.StreamResponse:
+    async def manifest(self, request: web.Request, identity: Identity) -> web.StreamResponse:
         """GET `manifest`: what `reference` of `repository` is made of."""
-        name = self._repository(request, Right.PULL)
+        name = self._repository(request, identity, Right.PULL)
         stored = await self._contents.manifest(name, _reference(request))
         facts = parse_manifest(stored.content, stored.media_type)
         described = {
@@ -92,31 +109,31 @@ class Browse:
         }
         return json_response(described)
 
-    async def remove(self, request: web.Request) -> web.StreamResponse:
+    async def remove(self, request: web.Request, identity: Identity) -> web.StreamResponse:
         """DELETE `manifest`: a tag, or by digest a manifest with all its tags."""
         if not self._delete:
             raise Unsupported("deleting is switched off: registry.delete = false", headers={"Allow": "GET"})
-        name = self._repository(request, Right.DELETE)
+        name = self._repository(request, identity, Right.DELETE)
+        self._gate.demand_writable()
         reference = _reference(request)
+        action = "manifest.delete" if isinstance(reference, Digest) else "tag.delete"
+        event = self._auditor.event(request, identity, action, repository=name, target=str(reference))
         if isinstance(reference, Digest):
             removed = await self._database.read(tags.pointing_to, name, reference)
-            await self._contents.delete_manifest(name, reference, Identity().name)
+            await self._contents.delete_manifest(name, reference, event)
         else:
             removed = [reference]
-            await self._contents.delete_tag(name, reference, Identity().name)
+            await self._contents.delete_tag(name, reference, event)
+        self._auditor.tell(event)
         return json_response({"repository": name, "reference": str(reference), "tags": removed})
 
-    def _repository(self, request: web.Request, right: Right) -> RepositoryName:
+    def _repository(self, request: web.Request, identity: Identity, right: Right) -> RepositoryName:
         text = request.query.get("repository")
         if text is None:
             raise BadRequest("the parameter 'repository' is missing")
         name = parse_repository(text)
-        if not self._access.may(Identity(), name, right):
-            raise Denied
+        self._gate.demand(request, identity, name, right)
         return name
-
-    def _may_see(self, node: Node) -> bool:
-        return self._access.may(Identity(), RepositoryName(node.name), Right.PULL)
 
 
 def _reference(request: web.Request) -> Reference:

@@ -20,9 +20,11 @@ from registry.errors import ConfigurationError
 from registry.metadata.engine import parse_url
 
 _Positive = Annotated[int, Meta(ge=1)]
+_Count = Annotated[int, Meta(ge=0)]
 _Bytes = Annotated[int, Meta(ge=0)]
 _ENVIRONMENT_PREFIX: Final = "HYTHE_"
 _LISTEN: Final = re.compile(r"(?:\[(?P<ipv6>[0-9a-fA-F:.]+)\]|(?P<host>[A-Za-z0-9._-]+)):(?P<port>[0-9]{1,5})")
+_PUBLIC_URL: Final = re.compile(r"https?://[A-Za-z0-9._:\[\]-]+(/[A-Za-z0-9._~-]+)*/?")
 
 
 class _Table(Struct, frozen=True, forbid_unknown_fields=True):
@@ -38,6 +40,60 @@ class ServerSettings(_Table, frozen=True):
     drain_seconds: _Positive = 20
     allow_open: bool = False
     behind_proxy: bool = False
+    trusted_proxies: tuple[str, ...] = ()
+    public_url: str = ""
+    connections: _Positive = 10_000
+    head_seconds: _Positive = 20
+
+
+class TlsSettings(_Table, frozen=True):
+    """Encryption, and whose certificates clients may show."""
+
+    certificate: str = ""
+    key: str = ""
+    client_ca: str = ""
+    client_required: bool = False
+
+
+class AccountSettings(_Table, frozen=True):
+    """Who can log in, and tokens."""
+
+    admin: str = "admin"
+    admin_password: str = ""
+    htpasswd: str = ""
+    service: Annotated[str, Meta(pattern=r"^[A-Za-z0-9._:/-]+$")] = "hythe"
+    token_seconds: Annotated[int, Meta(ge=60, le=86400)] = 300
+    refresh_days: _Count = 90
+    key_days: _Positive = 30
+
+
+class IssuerRule(_Table, frozen=True):
+    """Which of an issuer's tokens stand for which account."""
+
+    account: Annotated[str, Meta(min_length=1)]
+    claims: Annotated[dict[str, str], Meta(min_length=1)]
+
+
+class IssuerSettings(_Table, frozen=True):
+    """Somebody else whose tokens are good to log in by."""
+
+    issuer: Annotated[str, Meta(pattern=r"^https?://[^ ?#]+$")]
+    audience: Annotated[str, Meta(min_length=1)]
+    rules: Annotated[tuple[IssuerRule, ...], Meta(min_length=1)]
+    ca_file: str = ""
+
+
+class LimitSettings(_Table, frozen=True):
+    """How much of something one client may do; 0 is as much as it likes."""
+
+    requests_per_second: _Count = 0
+    anonymous_pulls_per_hour: _Count = 0
+
+
+class AuditSettings(_Table, frozen=True):
+    """What is kept of who did what."""
+
+    days: _Count = 90
 
 
 class FilesystemSettings(_Table, frozen=True):
@@ -118,6 +174,11 @@ class Settings(_Table, frozen=True):
     """All there is to set."""
 
     server: ServerSettings = ServerSettings()
+    tls: TlsSettings = TlsSettings()
+    accounts: AccountSettings = AccountSettings()
+    issuers: tuple[IssuerSettings, ...] = ()
+    limits: LimitSettings = LimitSettings()
+    audit: AuditSettings = AuditSettings()
     storage: StorageSettings = StorageSettings()
     database: DatabaseSettings = DatabaseSettings()
     registry: RegistrySettings = RegistrySettings()
@@ -202,7 +263,8 @@ def _set(tree: dict[str, Any], keys: list[str], text: str) -> None:
         if not isinstance(tree, dict):
             raise ConfigurationError(f"{'.'.join(keys[:depth])}: expected a table, got {tree!r}")
     try:
-        tree[keys[-1]] = msgspec.convert(text, expected, strict=False)
+        value = [each.strip() for each in text.split(",") if each.strip()] if expected == tuple[str, ...] else text
+        tree[keys[-1]] = msgspec.convert(value, expected, strict=False)
     except msgspec.ValidationError as error:
         raise ConfigurationError(f"{'.'.join(keys)}: {error}, got {text!r}") from None
 
@@ -226,18 +288,48 @@ def _check(settings: Settings) -> None:
     parse_url(settings.database.url)
     if settings.storage.driver == "s3":
         check_s3(settings.storage.s3)
+    _check_tls(settings.tls)
+    _check_proxies(settings.server)
     host, _ = parse_listen(settings.server.listen)
-    if is_loopback(host):
-        return
-    if not settings.server.allow_open:
+    if not (is_loopback(host) or settings.tls.certificate or settings.server.behind_proxy):
+        raise ConfigurationError(
+            f"server.listen: {host} can be reached from other machines without encryption, and passwords with it: "
+            "set tls.certificate and tls.key, or put a reverse proxy with TLS before it and set "
+            "server.behind_proxy = true"
+        )
+
+
+def check_open(settings: Settings, *, has_accounts: bool) -> None:
+    """Refuse to let everybody in by accident; raises `ConfigurationError`."""
+    host, _ = parse_listen(settings.server.listen)
+    if not (is_loopback(host) or has_accounts or settings.server.allow_open):
         raise ConfigurationError(
             f"server.listen: {host} can be reached from other machines, and this registry has no accounts: "
-            "set server.allow_open = true if everybody who reaches it may push and delete"
+            "make one (hythe user add --admin NAME), or set server.allow_open = true if everybody who reaches it "
+            "may push and delete"
         )
-    if not settings.server.behind_proxy:
+
+
+def _check_tls(settings: TlsSettings) -> None:
+    if bool(settings.certificate) != bool(settings.key):
+        raise ConfigurationError("tls.certificate, tls.key: one needs the other")
+    if settings.client_ca and not settings.certificate:
+        raise ConfigurationError("tls.client_ca: means nothing without tls.certificate")
+    if settings.client_required and not settings.client_ca:
+        raise ConfigurationError("tls.client_required: needs tls.client_ca, by whom clients' certificates are signed")
+
+
+def _check_proxies(settings: ServerSettings) -> None:
+    for network in settings.trusted_proxies:
+        try:
+            ipaddress.ip_network(network, strict=False)
+        except ValueError:
+            raise ConfigurationError(
+                f"server.trusted_proxies: expected addresses or networks such as 10.0.0.0/8, got {network!r}"
+            ) from None
+    if settings.public_url and not _PUBLIC_URL.fullmatch(settings.public_url):
         raise ConfigurationError(
-            f"server.listen: {host} can be reached from other machines without encryption: "
-            "put a reverse proxy with TLS before it and set server.behind_proxy = true"
+            f"server.public_url: expected https://HOST[:PORT][/PREFIX], got {settings.public_url!r}"
         )
 
 

@@ -14,8 +14,9 @@ from typing import Any
 from registry.cache import ENTRY_SIZE, Cache, WriteCounter
 from registry.errors import BlobUnknown, ManifestUnknown
 from registry.metadata import blobs, manifests, tags
+from registry.metadata.audit import Event, actor_of, audited
 from registry.metadata.blobs import StoredBlob
-from registry.metadata.engine import Database
+from registry.metadata.engine import Database, Watch
 from registry.metadata.manifests import PushedManifest, StoredManifest
 from storage.digest import Digest
 from storage.names import Reference, RepositoryName, Tag
@@ -28,19 +29,21 @@ class Contents:
         cache: what is remembered; others may remember there what depends on nothing else.
     """
 
-    def __init__(self, database: Database, cache_bytes: int, *, alone: bool) -> None:
+    def __init__(self, database: Database, cache_bytes: int, *, alone: bool, rights: Watch | None = None) -> None:
         """Look into `database`.
 
         Args:
             database: where the facts are.
             cache_bytes: memory for what is remembered.
-            alone: whether no other process writes to the database.
+            alone: whether no other process writes to the database, but for rights.
+            rights: tells at once that somebody's rights changed; whole answers depend on them. [answers.py]
         """
         self._database = database
+        self._rights = rights
         self._writes = WriteCounter()
         self._watch = None if alone else database.watch()
         is_coherent = alone or self._watch is not None
-        self.cache = Cache(cache_bytes if is_coherent else 0, self._watch or self._writes)
+        self.cache = Cache(cache_bytes if is_coherent else 0, self._watch or self._epoch)
 
     async def blob(self, name: RepositoryName, digest: Digest) -> StoredBlob:
         """Return a blob of a repository, or raise `BlobUnknown`."""
@@ -54,15 +57,17 @@ class Contents:
         self.cache.put(key, found, epoch, ENTRY_SIZE)
         return found
 
-    async def add_blob(self, name: RepositoryName, digest: Digest, stored: StoredBlob, untidy: str = "") -> bool:
-        """Add a blob; False where one with the same bytes was there before. [registry.metadata.blobs.add]
+    async def add_blob(
+        self, name: RepositoryName, digest: Digest, stored: StoredBlob, event: Event | None = None, untidy: str = ""
+    ) -> bool:
+        """Add a blob, and keep the event of it; False where one with the same bytes was there before.
 
-        `untidy` is its upload, if the store holds more of that.
+        `untidy` is its upload, if the store holds more of that. [registry.metadata.blobs.add]
         """
         if untidy:
-            adding = self._database.write(blobs.add_of, untidy, name, digest, stored)
+            adding = self._database.write(audited, event, blobs.add_of, untidy, name, digest, stored)
         else:
-            adding = self._database.write(blobs.add, name, digest, stored)
+            adding = self._database.write(audited, event, blobs.add, name, digest, stored)
         return await self._added(name, digest, stored, adding)
 
     async def finish_upload(
@@ -72,11 +77,14 @@ class Contents:
         name: RepositoryName,
         digest: Digest,
         stored: StoredBlob,
+        event: Event | None = None,
         *,
         is_tidy: bool,
     ) -> bool:
         """End an upload and add its blob, likewise; raises `BlobUploadUnknown`."""
-        finishing = self._database.write(blobs.finish_upload, session_id, writer, name, digest, stored, is_tidy=is_tidy)
+        finishing = self._database.write(
+            audited, event, blobs.finish_upload, session_id, writer, name, digest, stored, is_tidy=is_tidy
+        )
         return await self._added(name, digest, stored, finishing)
 
     async def manifest(self, name: RepositoryName, reference: Reference) -> StoredManifest:
@@ -92,26 +100,32 @@ class Contents:
         return found
 
     async def put_manifest(
-        self, name: RepositoryName, pushed: PushedManifest, moved: Sequence[Tag], by: str, *, sparse: bool
+        self, name: RepositoryName, pushed: PushedManifest, moved: Sequence[Tag], event: Event | None, *, sparse: bool
     ) -> None:
         """Keep a manifest and move tags to it; raises `ManifestBlobUnknown`."""
         async with self._change():
-            await self._database.write(manifests.put, name, pushed, moved, by, sparse=sparse)
+            await self._database.write(
+                audited, event, manifests.put, name, pushed, moved, actor_of(event), sparse=sparse
+            )
 
-    async def delete_manifest(self, name: RepositoryName, digest: Digest, by: str) -> None:
+    async def delete_manifest(self, name: RepositoryName, digest: Digest, event: Event | None) -> None:
         """Delete a manifest and the tags that point to it; raises `ManifestUnknown`."""
         async with self._change():
-            await self._database.write(manifests.remove, name, digest, by)
+            await self._database.write(audited, event, manifests.remove, name, digest, actor_of(event))
 
-    async def delete_tag(self, name: RepositoryName, tag: Tag, by: str) -> None:
+    async def delete_tag(self, name: RepositoryName, tag: Tag, event: Event | None) -> None:
         """Delete a tag; raises `ManifestUnknown`."""
         async with self._change():
-            await self._database.write(tags.delete_tag, name, tag, by)
+            await self._database.write(audited, event, tags.delete_tag, name, tag, actor_of(event))
 
-    async def delete_blob(self, name: RepositoryName, digest: Digest) -> None:
+    async def delete_blob(self, name: RepositoryName, digest: Digest, event: Event | None) -> None:
         """Delete a blob from a repository; raises `BlobUnknown`."""
         async with self._change():
-            await self._database.write(blobs.remove, name, digest)
+            await self._database.write(audited, event, blobs.remove, name, digest)
+
+    def _epoch(self) -> int:
+        """Both only grow, so their sum is another one whenever one of them is."""
+        return self._writes() + (self._rights() if self._rights else 0)
 
     def close(self) -> None:
         """Let go of the watch on the database."""

@@ -157,6 +157,12 @@ class Unauthorized(RegistryError):
     status, code, message = 401, "UNAUTHORIZED", "authentication required"
 
 
+class Hidden(NameUnknown):
+    """A repository that is not there, or not for this account: nobody is to know which of the two."""
+
+    message = "there is no such repository, or this account may not pull from it"
+
+
 class Denied(RegistryError):
     """[code-12]."""
 
@@ -202,6 +208,12 @@ class TooManyRequests(RegistryError):
     status, code, message = 429, "TOOMANYREQUESTS", "too many requests at once: try again later"
 
 
+class UnsupportedEncoding(Unsupported):
+    """[RFC 9110, 15.5.16] a digest is of bytes as they are, so they are not to come in another coding."""
+
+    status, message = 415, "send the content as it is, without Content-Encoding"
+
+
 class Unavailable(RegistryError):
     """The database or the store does not answer now."""
 
@@ -209,6 +221,16 @@ class Unavailable(RegistryError):
 
     def __init__(self, message: str = "", *, detail: Any = None, headers: Mapping[str, str] | None = None) -> None:
         super().__init__(message, detail=detail, headers={"Retry-After": "5", **(headers or {})})
+
+
+class ReadOnly(RegistryError):
+    """The switch for maintenance is on."""
+
+    status, code, message = 503, "DENIED", "the registry is read-only for now"
+
+    def __init__(self, reason: str) -> None:
+        """Take the reason that was given with the switch."""
+        super().__init__(f"{self.message}: {reason}", headers={"Retry-After": "60"})
 
 
 class InternalError(RegistryError):
@@ -231,6 +253,10 @@ class MetadataFull(MetadataError):
 
 class MetadataUnavailable(MetadataError):
     """The database does not answer, or not now."""
+
+
+class AccountsError(Exception):
+    """What was asked about accounts, teams, tokens or rules cannot be done; the message says why."""
 
 
 class ConfigurationError(Exception):

@@ -46,6 +46,7 @@ class FreshSession:
         repository: where it ends.
         start: of its bytes in the store, where nothing is yet.
         born: by the monotonic clock, in seconds.
+        opened_by: id of an account, 0 for nobody's.
         content: what it was sent so far.
         is_taken: a request is finishing it.
         is_torn: a step of it failed, so the store may hold something of it.
@@ -56,6 +57,7 @@ class FreshSession:
     repository: RepositoryName
     start: Checkpoint
     born: float
+    opened_by: int = 0
     content: bytes = b""
     is_taken: bool = False
     is_torn: bool = False
@@ -76,14 +78,19 @@ class FreshSessions:
     def __len__(self) -> int:
         return len(self._sessions)
 
-    async def add(self, session_id: str, repository: RepositoryName, start: Checkpoint) -> None:
+    async def add(self, session_id: str, repository: RepositoryName, start: Checkpoint, opened_by: int = 0) -> None:
         """Open a session; where too many are kept, with its row, so that raises `MetadataError`."""
         if len(self._sessions) >= self._limit:
-            await self._database.note(sessions.create, session_id, repository, start)
+            await self._database.note(sessions.create, session_id, repository, start, opened_by=opened_by)
             return
-        self._sessions[session_id] = FreshSession(session_id, repository, start, time.monotonic())
+        self._sessions[session_id] = FreshSession(session_id, repository, start, time.monotonic(), opened_by)
         if self._settler is None or self._settler.done():
             self._settler = asyncio.create_task(self._settle_old())
+
+    def opener(self, session_id: str, repository: RepositoryName) -> int | None:
+        """Return who opened a session; None for one that is not here."""
+        session = self._sessions.get(session_id)
+        return session.opened_by if session and session.repository == repository else None
 
     def offset(self, session_id: str, repository: RepositoryName) -> int | None:
         """Return how many bytes came; None for a session that is not here."""
@@ -168,7 +175,12 @@ class FreshSessions:
                     await upload.suspend()
                 checkpoint = upload.checkpoint()
             await self._database.note(
-                sessions.create, session.id, session.repository, checkpoint, is_torn=session.is_torn
+                sessions.create,
+                session.id,
+                session.repository,
+                checkpoint,
+                is_torn=session.is_torn,
+                opened_by=session.opened_by,
             )
             del self._sessions[session.id]
         except BaseException:

@@ -12,6 +12,7 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
 from registry.errors import MetadataError
 from registry.fresh import FreshSessions
+from registry.gate import Gate
 from registry.metadata import sessions
 from registry.metadata.engine import Database
 from registry.metrics import Metrics
@@ -27,8 +28,12 @@ log = structlog.get_logger()
 class Health:
     """Says whether the registry lives, works, and how much."""
 
-    def __init__(self, database: Database, store: Store, metrics: Metrics, fresh: FreshSessions) -> None:
-        """Ask `database` and `store`; tell `metrics`, with the sessions that are too `fresh` for a row."""
+    def __init__(self, database: Database, store: Store, metrics: Metrics, fresh: FreshSessions, gate: Gate) -> None:
+        """Ask `database` and `store`; tell `metrics`, with the sessions that are too `fresh` for a row.
+
+        Numbers are for whoever is logged in, as `gate` says; that it lives and works, for everybody.
+        """
+        self._gate = gate
         self._database = database
         self._store = store
         self._metrics = metrics
@@ -56,8 +61,11 @@ class Health:
         is_ready = set(answers.values()) == {"ok"}
         return json_response(answers, status=200 if is_ready else 503)
 
-    async def metrics(self, request: web.Request) -> web.StreamResponse:  # noqa: ARG002
+    async def metrics(self, request: web.Request) -> web.StreamResponse:
         """Numbers in Prometheus' text format."""
+        identity = await self._gate.identify(request)
+        self._gate.demand_valid(request, identity)
+        self._gate.demand_account(request, identity)
         open_sessions = await self._database.read(sessions.count)
         body = await asyncio.to_thread(self._metrics.render, open_sessions + len(self._fresh))
         return web.Response(body=body, headers={"Content-Type": CONTENT_TYPE_LATEST})

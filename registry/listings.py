@@ -7,13 +7,11 @@ from typing import Final
 from aiohttp import web
 
 from registry import locations
-from registry.access import Access, Right
 from registry.calls import Call
 from registry.errors import BadRequest
 from registry.metadata import repositories, tags
 from registry.metadata.engine import Database
 from registry.responses import json_response
-from storage.names import RepositoryName
 
 #: Entries in one answer, whatever the client asks for: memory stays bounded, `Link` leads on.
 PAGE_LIMIT: Final = 10_000
@@ -22,10 +20,9 @@ PAGE_LIMIT: Final = 10_000
 class Listings:
     """Names of repositories and tags, in pages."""
 
-    def __init__(self, database: Database, access: Access) -> None:
-        """List what is in `database` and `access` lets the caller see."""
+    def __init__(self, database: Database) -> None:
+        """List what is in `database`."""
         self._database = database
-        self._access = access
 
     async def check(self, call: Call) -> web.StreamResponse:  # noqa: ARG002
         """GET `/v2/`: yes, this is a registry. [end-1]"""
@@ -38,9 +35,8 @@ class Listings:
     async def catalog(self, call: Call) -> web.StreamResponse:
         """GET `_catalog`: names of repositories that the caller may pull from."""
         limit, last = page(call.request)
-        names = await self._database.read(repositories.names, last, limit + 1)
-        shown = [name for name in names[:limit] if self._access.may(call.identity, RepositoryName(name), Right.PULL)]
-        return json_response({"repositories": shown}, headers=_link(call, names, limit))
+        names = await self._database.read(repositories.names, call.identity.readable(), last, limit + 1)
+        return json_response({"repositories": names[:limit]}, headers=_link(call, names, limit))
 
     async def tags(self, call: Call) -> web.StreamResponse:
         """GET `tags/list`: in ASCII order. [end-8a, end-8b]"""

@@ -22,24 +22,25 @@ _PREFIX: Final = re.compile(r"(?:/[A-Za-z0-9._~-]+)+")
 
 def blob(request: web.Request, name: RepositoryName, digest: Digest) -> str:
     """Return where a blob is."""
-    return f"{_prefix(request)}/v2/{name}/blobs/{digest}"
+    return f"{prefix(request)}/v2/{name}/blobs/{digest}"
 
 
 def upload(request: web.Request, name: RepositoryName, session_id: str) -> str:
     """Return where an upload goes on."""
-    return f"{_prefix(request)}/v2/{name}/blobs/uploads/{session_id}"
+    return f"{prefix(request)}/v2/{name}/blobs/uploads/{session_id}"
 
 
 def manifest(request: web.Request, name: RepositoryName, digest: Digest) -> str:
     """Return where a manifest is."""
-    return f"{_prefix(request)}/v2/{name}/manifests/{digest}"
+    return f"{prefix(request)}/v2/{name}/manifests/{digest}"
 
 
 def next_page(request: web.Request, **parameters: str | int) -> str:
     """Return a `Link` header for the same path with other parameters. [RFC 5988]"""
-    return f'<{_prefix(request)}{request.path}?{urlencode(parameters)}>; rel="next"'
+    return f'<{prefix(request)}{request.path}?{urlencode(parameters)}>; rel="next"'
 
 
-def _prefix(request: web.Request) -> str:
-    prefix = request.headers.get("X-Forwarded-Prefix", "").rstrip("/")
-    return prefix if _PREFIX.fullmatch(prefix) else ""
+def prefix(request: web.BaseRequest) -> str:
+    """Return the part of the path that a proxy took away, empty where there is none."""
+    sent = request.headers.get("X-Forwarded-Prefix", "").rstrip("/")
+    return sent if _PREFIX.fullmatch(sent) else ""

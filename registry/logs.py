@@ -11,7 +11,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 from datetime import UTC, datetime
 from functools import lru_cache
 from queue import SimpleQueue
@@ -42,6 +42,7 @@ class Access(msgspec.Struct):
     remote: str
     request_id: str
     agent: str
+    user: str = ""
 
 
 class _Line(msgspec.Struct):
@@ -58,22 +59,31 @@ class _Line(msgspec.Struct):
     ms: float
     remote: str
     agent: str
+    user: str
     request_id: str
 
 
-class AccessLog:
-    """Writes requests to standard error; formats them here, lets a thread wait for the pipe."""
+class Lines:
+    """Writes requests and the audit to standard error; formats them here, lets a thread wait for the pipe."""
 
     def __init__(self, *, as_json: bool) -> None:
         self._format = _json if as_json else _text
+        self._format_event = _event_json if as_json else _event_text
         self._lines: list[bytes] = []
         self._queue: SimpleQueue[bytes | None] = SimpleQueue()
-        self._thread = Thread(target=self._write, name="access-log", daemon=True)
+        self._thread = Thread(target=self._write, name="log-lines", daemon=True)
         self._thread.start()
 
     def add(self, entry: Access) -> None:
         """Take in a request; it is written with the next ones, or by `flush`."""
-        self._lines.append(self._format(entry))
+        self._append(self._format(entry))
+
+    def add_event(self, level: str, event: str, fields: Mapping[str, str]) -> None:
+        """Take in an event with what is to be known of it, likewise."""
+        self._append(self._format_event(level, event, fields))
+
+    def _append(self, line: bytes) -> None:
+        self._lines.append(line)
         if len(self._lines) >= _BATCH:
             self.flush()
 
@@ -116,6 +126,7 @@ def _json(entry: Access) -> bytes:
         round(entry.duration * 1000, 2),
         entry.remote,
         printable(entry.agent),
+        printable(entry.user),
         entry.request_id,
     )
     return _encoder.encode(line) + b"\n"
@@ -125,7 +136,20 @@ def _text(entry: Access) -> bytes:
     clock = time.strftime("%H:%M:%S", time.localtime(entry.at))
     path = printable(entry.path)
     size = entry.bytes_in or entry.bytes_out
-    return (f"{clock} {entry.status} {entry.method:<6} {path}  {size} B  {entry.duration * 1000:.1f} ms\n").encode()
+    who = f"  {printable(entry.user)}" if entry.user else ""
+    spent = f"{entry.duration * 1000:.1f} ms"
+    return f"{clock} {entry.status} {entry.method:<6} {path}  {size} B  {spent}{who}\n".encode()
+
+
+def _event_json(level: str, event: str, fields: Mapping[str, str]) -> bytes:
+    shown = {name: printable(value) for name, value in fields.items()}
+    return _encoder.encode({"at": _timestamp(time.time()), "level": level, "event": event, **shown}) + b"\n"
+
+
+def _event_text(level: str, event: str, fields: Mapping[str, str]) -> bytes:
+    clock = time.strftime("%H:%M:%S")
+    shown = "  ".join(f"{name}={printable(value)}" for name, value in fields.items())
+    return f"{clock} {level} {event}  {shown}\n".encode()
 
 
 def printable(text: str) -> str:

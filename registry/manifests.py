@@ -9,6 +9,7 @@ from aiohttp import hdrs, web
 from multidict import CIMultiDict
 
 from registry import locations
+from registry.audit import Auditor
 from registry.calls import Call
 from registry.config import RegistrySettings
 from registry.contents import Contents
@@ -19,6 +20,7 @@ from registry.errors import (
     ManifestTooLarge,
     TooManyTags,
 )
+from registry.metadata.audit import Event
 from registry.metadata.manifests import PushedManifest, StoredManifest
 from registry.responses import BYTES_IN, REPEATABLE, is_known
 from registry.transfer import Receiver, read_limited
@@ -41,11 +43,14 @@ _CONFIG_LIMIT: Final = 4 << 20
 class Manifests:
     """Manifests and the tags that point to them."""
 
-    def __init__(self, store: Store, contents: Contents, receiver: Receiver, settings: RegistrySettings) -> None:
+    def __init__(
+        self, store: Store, contents: Contents, receiver: Receiver, auditor: Auditor, settings: RegistrySettings
+    ) -> None:
         """Serve `contents`; `store` is read for the configurations of images only."""
         self._store = store
         self._contents = contents
         self._receiver = receiver
+        self._auditor = auditor
         self._settings = settings
 
     async def get(self, call: Call) -> web.StreamResponse:
@@ -81,19 +86,27 @@ class Manifests:
         digest = _digest_of(body, reference)
         facts = parse_manifest(body, content_type)
         pushed = PushedManifest(facts, digest, body, await self._platforms(call.repository, facts))
-        await self._contents.put_manifest(
-            call.repository, pushed, moved, call.identity.name, sparse=self._settings.sparse_manifests
-        )
+        event = self._event(call, "manifest.push", str(digest), f"tags: {', '.join(moved)}" if moved else "")
+        await self._contents.put_manifest(call.repository, pushed, moved, event, sparse=self._settings.sparse_manifests)
+        self._auditor.tell(event)
         return web.Response(status=201, headers=_created(call, pushed, reference, moved))
 
     async def delete(self, call: Call) -> web.StreamResponse:
         """DELETE: a tag alone, or by digest a manifest with all its tags."""
         reference = call.reference()
         if isinstance(reference, Digest):
-            await self._contents.delete_manifest(call.repository, reference, call.identity.name)
+            event = self._event(call, "manifest.delete", str(reference))
+            await self._contents.delete_manifest(call.repository, reference, event)
         else:
-            await self._contents.delete_tag(call.repository, reference, call.identity.name)
+            event = self._event(call, "tag.delete", reference)
+            await self._contents.delete_tag(call.repository, reference, event)
+        self._auditor.tell(event)
         return web.Response(status=202)
+
+    def _event(self, call: Call, action: str, target: str, detail: str = "") -> Event | None:
+        return self._auditor.event(
+            call.request, call.identity, action, repository=call.repository, target=target, detail=detail
+        )
 
     async def _platforms(self, name: RepositoryName, facts: Manifest) -> list[str]:
         """Read from an image's configuration what it is for; nothing where that cannot be told."""

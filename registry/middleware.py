@@ -12,6 +12,7 @@ from typing import Any, Final
 import structlog
 from aiohttp import hdrs, web
 
+from registry.clients import Clients
 from registry.errors import (
     BadRequest,
     BlobUnknown,
@@ -32,8 +33,8 @@ from registry.errors import (
 )
 from registry.logs import Access
 from registry.record import Recorder, logged_path
-from registry.responses import BYTES_IN, REQUEST_ID, ROUTE, json_response, sign
-from registry.transfer import is_waiting, leave_body
+from registry.responses import BYTES_IN, REQUEST_ID, ROUTE, WHO, json_response, sign
+from registry.transfer import begin, is_waiting, leave_body
 from storage import errors as storage_errors
 
 _Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -61,9 +62,10 @@ log = structlog.get_logger()
 class Observer:
     """The only middleware."""
 
-    def __init__(self, recorder: Recorder) -> None:
-        """Let `recorder` keep what is to be kept of requests."""
+    def __init__(self, recorder: Recorder, clients: Clients) -> None:
+        """Let `recorder` keep what is to be kept of requests; `clients` tells where they come from."""
         self._recorder = recorder
+        self._clients = clients
         self._in_flight = 0
         self._is_draining = False
         self._idle = asyncio.Event()
@@ -75,6 +77,7 @@ class Observer:
         async def observe(request: web.Request, handler: _Handler) -> web.StreamResponse:
             began = time.perf_counter()
             self._in_flight += 1
+            begin(request)
             request_id = request[REQUEST_ID] = self._request_id(request)
             try:
                 response = await handler(request)
@@ -121,9 +124,10 @@ class Observer:
                 bytes_in=request.get(BYTES_IN, 0),
                 bytes_out=0 if is_empty else response.content_length or 0,
                 duration=duration,
-                remote=request.remote or "",
+                remote=self._clients.address(request),
                 request_id=request_id,
                 agent=request.headers.get(hdrs.USER_AGENT, ""),
+                user=request[WHO].name if WHO in request else "",
             ),
         )
 

@@ -9,7 +9,7 @@ from urllib.parse import urlencode
 
 from aiohttp import web
 
-from registry.logs import Access, AccessLog
+from registry.logs import Access, Lines
 from registry.metrics import Metrics
 
 #: Parameters of the protocol and the API; of any other the value might be a password.
@@ -33,10 +33,10 @@ _HARMLESS: Final = frozenset(
 class Recorder:
     """Counts and logs."""
 
-    def __init__(self, metrics: Metrics, access_log: AccessLog | None) -> None:
-        """Count into `metrics`; log to `access_log`, if any."""
+    def __init__(self, metrics: Metrics, lines: Lines | None) -> None:
+        """Count into `metrics`; log to `lines`, if any."""
         self._metrics = metrics
-        self._access_log = access_log
+        self._lines = lines
         self._run = secrets.token_hex(4)
         self._numbers = itertools.count(1)
 
@@ -47,8 +47,8 @@ class Recorder:
     def record(self, route: str, entry: Access) -> None:
         """Take in a request to an endpoint."""
         self._metrics.count(route, entry.method, entry.status, entry.duration, entry.bytes_in, entry.bytes_out)
-        if self._access_log:
-            self._access_log.add(entry)
+        if self._lines:
+            self._lines.add(entry)
 
 
 def logged_path(request: web.BaseRequest) -> str:

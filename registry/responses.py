@@ -8,6 +8,8 @@ from typing import Any, Final
 import msgspec
 from aiohttp import web
 
+from registry.access import Identity
+
 #: Which endpoint it was for, for metrics.
 ROUTE: Final = web.RequestKey("route", str)
 #: What it is called in the log and in errors.
@@ -17,6 +19,10 @@ BYTES_IN: Final = web.RequestKey("bytes_in", int)
 #: Whether its body was invited. [RFC 9110, 10.1.1]
 INVITED: Final = web.RequestKey("invited", bool)
 
+#: Who sent it, once that is known.
+WHO: Final = web.RequestKey("who", Identity)
+#: It was counted against a limit, as the next one in the same words must be.
+COUNTED: Final = web.RequestKey("counted", bool)
 #: Its answer depends on nothing but its head and the epoch of the cache.
 REPEATABLE: Final = web.RequestKey("repeatable", bool)
 

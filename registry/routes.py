@@ -15,6 +15,7 @@ class Endpoint(Enum):
     """The families of endpoints."""
 
     BASE = auto()
+    TOKEN = auto()
     CATALOG = auto()
     DISCOVER = auto()
     TAGS = auto()
@@ -67,6 +68,8 @@ def _with_name(path: str) -> Route | None:
 def _without_name(path: str) -> Route | None:
     if not path:
         return Route(Endpoint.BASE, "", "")
+    if path == "token":
+        return Route(Endpoint.TOKEN, "", "")
     if path == "_catalog":
         return Route(Endpoint.CATALOG, "", "")
     if path == "_oci/ext/discover":

@@ -18,9 +18,11 @@ from typing import Final
 import structlog
 from aiohttp import web
 
+from registry.accounts import make_accounts
 from registry.affinity import Affinity
 from registry.app import ANSWERS, OBSERVER, Process, build, open_facts, open_store
-from registry.config import Settings
+from registry.config import Settings, check_open
+from registry.connections import Connections
 from registry.errors import ConfigurationError, MetadataError
 from registry.listeners import BACKLOG, address_of, bind
 from registry.lock import Trace, check_local, serving
@@ -30,6 +32,7 @@ from registry.metadata.engine import is_shared
 from registry.metadata.schema import upgrade
 from registry.metadata.sqlite import sqlite_path
 from registry.sweeper import Doubt
+from registry.tls import Certificates
 from registry.wire import accept
 from registry.workers import STOPPING, supervise
 from storage.base import Store
@@ -42,6 +45,8 @@ _GARBAGE: Final = 20_000
 _LONG: Final = 86400.0
 #: For answers on their way out, when the time to drain is over.
 _LAST_SECONDS: Final = 1.0
+#: Seconds between two looks for a new certificate.
+_CERTIFICATE_PAUSE: Final = 2.0
 
 log = structlog.get_logger()
 
@@ -65,7 +70,9 @@ def serve(settings: Settings, announce: Callable[[str], None]) -> int:
         copy = upgrade(settings.database.url)
         if copy:
             log.info("database upgraded", copy=copy)
-        asyncio.run(_take_over(settings))
+        has_accounts = asyncio.run(_take_over(settings))
+        check_open(settings, has_accounts=has_accounts)
+        certificates = Certificates(settings.tls) if settings.tls.certificate else None
         sockets = bind(settings)
 
         def ready() -> None:
@@ -74,7 +81,7 @@ def serve(settings: Settings, announce: Callable[[str], None]) -> int:
         if settings.server.workers == 1:
             is_alone = not is_shared(settings.database.url)
             process = Process(alone=is_alone, doubt=doubt, affinity=_affinity(settings))
-            return _run(_serve(settings, sockets[0], process, ready))
+            return _run(_serve(settings, sockets[0], process, certificates, ready))
         with tempfile.TemporaryDirectory(prefix="hythe-") as shared:
 
             def work(index: int, is_first: bool, alive: int) -> int:
@@ -85,7 +92,7 @@ def serve(settings: Settings, announce: Callable[[str], None]) -> int:
                     shared=Path(shared),
                     affinity=_affinity(settings, index),
                 )
-                return _run(_serve(settings, sockets[index], process, lambda: None, alive))
+                return _run(_serve(settings, sockets[index], process, certificates, lambda: None, alive))
 
             return supervise(sockets, work, ready, trace.doubt)
 
@@ -120,8 +127,12 @@ def _doubt(settings: Settings, trace: Trace) -> Doubt | None:
     return Doubt(time.time() - _LONG) if is_local else None
 
 
-async def _take_over(settings: Settings) -> None:
-    """Make sure that the store is this registry's, and end the claims of a run that is over."""
+async def _take_over(settings: Settings) -> bool:
+    """Make sure that the store is this registry's, and end the claims of a run that is over.
+
+    Returns:
+        Whether there are accounts; those that the configuration names are made here.
+    """
     database = open_facts(settings, Affinity(enabled=False))
     store = open_store(settings, Affinity(enabled=False))
     try:
@@ -133,6 +144,10 @@ async def _take_over(settings: Settings) -> None:
     except MetadataError as error:
         # On a full disk pulls are worth more: claims end by themselves after a while.
         log.warning("claims of the last run are not released", error=str(error))
+    try:
+        return await make_accounts(database, settings.accounts)
+    except MetadataError as error:
+        raise ConfigurationError(f"accounts: {error}") from None
     finally:
         await store.close()
         await database.close()
@@ -179,6 +194,7 @@ async def _serve(
     settings: Settings,
     sockets: list[socket.socket],
     process: Process,
+    certificates: Certificates | None,
     ready: Callable[[], None],
     parent: int = -1,
 ) -> int:
@@ -188,6 +204,7 @@ async def _serve(
         settings: the configuration.
         sockets: which listen.
         process: which of the server's processes this is.
+        certificates: for TLS, or None.
         ready: called when requests are answered.
         parent: a pipe whose end tells that the watching process is gone, or -1.
     """
@@ -201,6 +218,8 @@ async def _serve(
         # A push by digest may bring a hundred tags in its query.
         max_line_size=32768,
         max_field_size=16384,
+        # A digest is of bytes as they came; and what is small on the wire must not be large in memory.
+        auto_decompress=False,
     )
     await runner.setup()
     loop = asyncio.get_running_loop()
@@ -208,9 +227,18 @@ async def _serve(
     loop.set_default_executor(ThreadPoolExecutor(thread_name_prefix="default", initializer=run_anywhere))
     http = runner.server
     assert http is not None
+    connections = Connections(settings.server.connections, settings.server.head_seconds)
     listeners = [
-        await loop.create_server(lambda: accept(http, app[ANSWERS]), sock=sock, backlog=BACKLOG) for sock in sockets
+        await loop.create_server(
+            lambda: accept(http, app[ANSWERS], connections),
+            sock=sock,
+            backlog=BACKLOG,
+            ssl=certificates.context if certificates else None,
+            ssl_handshake_timeout=settings.server.head_seconds if certificates else None,
+        )
+        for sock in sockets
     ]
+    watching = asyncio.create_task(_watch(certificates)) if certificates else None
     stop = asyncio.Event()
     for number in STOPPING:
         loop.add_signal_handler(number, stop.set)
@@ -225,4 +253,14 @@ async def _serve(
     app[ANSWERS].end()
     await app[OBSERVER].drain(settings.server.drain_seconds)
     await runner.cleanup()
+    await connections.close()
+    if watching is not None:
+        watching.cancel()
     return 0
+
+
+async def _watch(certificates: Certificates) -> None:
+    """Look for new certificates, until cancelled."""
+    while True:
+        await asyncio.sleep(_CERTIFICATE_PAUSE)
+        await asyncio.to_thread(certificates.look)

@@ -21,6 +21,7 @@ from registry.contents import Contents
 from registry.errors import BlobUploadUnknown, MetadataError, MetadataFull, RegistryError
 from registry.fresh import FreshSession, FreshSessions
 from registry.metadata import blobs, leftovers, sessions
+from registry.metadata.audit import Event
 from registry.metadata.blobs import StoredBlob
 from registry.metadata.engine import Database
 from registry.metadata.sessions import Session
@@ -64,11 +65,20 @@ class Sessions:
         self._contents = contents
         self._fresh = fresh
 
-    async def open(self, name: RepositoryName, algorithm: str) -> str:
-        """Open a session and return its id."""
+    async def open(self, name: RepositoryName, algorithm: str, opened_by: int = 0) -> str:
+        """Open a session for an account, by its id, and return the session's."""
         session_id = str(uuid.uuid4())
-        await self._fresh.add(session_id, name, self._store.begin(session_id, algorithm))
+        await self._fresh.add(session_id, name, self._store.begin(session_id, algorithm), opened_by)
         return session_id
+
+    async def opener(self, name: RepositoryName, session_id: str) -> int:
+        """Return the id of the account that opened a session, or raise `BlobUploadUnknown`."""
+        opener = self._fresh.opener(session_id, name)
+        if opener is not None:
+            return opener
+        # It may be on its way from there to its row.
+        await self._fresh.settle(session_id)
+        return await self._database.look_up(sessions.opener, session_id, name)
 
     async def offset(self, name: RepositoryName, session_id: str) -> int:
         """Return how many bytes came, or raise `BlobUploadUnknown`."""
@@ -154,15 +164,17 @@ class Sessions:
             checkpoint = claim.upload.checkpoint()
             await self._database.note(sessions.advance, claim.session.id, claim.writer, checkpoint, release=True)
 
-    async def publish(self, claim: Claim, digest: Digest) -> None:
-        """End a session as the blob that it must be; raises `DigestMismatch`."""
+    async def publish(self, claim: Claim, digest: Digest, event: Event | None = None) -> None:
+        """End a session as the blob that it must be, and keep the event of it; raises `DigestMismatch`."""
         async with self._renewed(claim):
-            await self._publish(claim, digest)
+            await self._publish(claim, digest, event)
 
-    async def _publish(self, claim: Claim, digest: Digest) -> None:
+    async def _publish(self, claim: Claim, digest: Digest, event: Event | None) -> None:
         await claim.upload.verify(digest)
         session_id, writer, name = claim.session.id, claim.writer, claim.session.repository
-        if claim.is_stored and await self._database.write(blobs.finish_with_existing, session_id, writer, name, digest):
+        if claim.is_stored and await self._database.write(
+            blobs.finish_with_existing, session_id, writer, name, digest, event
+        ):
             await claim.upload.abandon()
             await self._forget(session_id)
             return
@@ -170,7 +182,9 @@ class Sessions:
         stored = StoredBlob(key, claim.upload.offset)
         is_tidy = claim.upload.is_tidy
         try:
-            is_ours = await self._contents.finish_upload(session_id, writer, name, digest, stored, is_tidy=is_tidy)
+            is_ours = await self._contents.finish_upload(
+                session_id, writer, name, digest, stored, event, is_tidy=is_tidy
+            )
         except (BlobUploadUnknown, MetadataFull):
             # Nothing was written.
             await claim.upload.undo()
@@ -182,7 +196,9 @@ class Sessions:
             with _logged(key):
                 await self._store.delete(key)
 
-    async def publish_fresh(self, name: RepositoryName, session_id: str, last: bytes, digest: Digest) -> bool:
+    async def publish_fresh(
+        self, name: RepositoryName, session_id: str, last: bytes, digest: Digest, event: Event | None = None
+    ) -> bool:
         """Append `last` to a fresh session and end it as a blob; False where it is not fresh any more.
 
         Raises:
@@ -209,7 +225,7 @@ class Sessions:
             raise
         untidy = session_id if session.is_torn or not upload.is_tidy else ""
         try:
-            is_ours = await self._contents.add_blob(name, digest, StoredBlob(key, upload.offset), untidy)
+            is_ours = await self._contents.add_blob(name, digest, StoredBlob(key, upload.offset), event, untidy)
         except BaseException:
             await self._reconsider(session, key)
             raise

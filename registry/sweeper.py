@@ -15,13 +15,15 @@ from typing import Final
 
 import structlog
 
-from registry.metadata import blobs, leftovers, sessions
+from registry.metadata import access_tokens, audit, blobs, leftovers, sessions
 from registry.metadata.engine import Database
 from registry.metadata.leftovers import Leftover
+from registry.metadata.tables import now
 from storage.base import Store, StoredObject
 from storage.errors import StorageError
 
 _CHUNK: Final = 500
+_DAY: Final = 86400 * 1_000_000
 
 log = structlog.get_logger()
 
@@ -45,8 +47,11 @@ class Doubt:
 class Sweeper:
     """Drops what nobody needs."""
 
-    def __init__(self, store: Store, database: Database, idle_seconds: int, sweep_seconds: int) -> None:
-        """Drop uploads idle for `idle_seconds`; look every `sweep_seconds`."""
+    def __init__(
+        self, store: Store, database: Database, idle_seconds: int, sweep_seconds: int, *, audit_days: int = 0
+    ) -> None:
+        """Drop uploads idle for `idle_seconds`; look every `sweep_seconds`; keep the audit, 0 days is for ever."""
+        self._audit_days = audit_days
         self._store = store
         self._database = database
         self._idle = idle_seconds
@@ -86,6 +91,14 @@ class Sweeper:
             if len(gone) < len(found):
                 stuck = {left.upload for left in found}.difference(gone)
                 await self._database.write(leftovers.postpone, sorted(stuck))
+
+    async def forget(self) -> None:
+        """Delete the audit of long ago, and refresh tokens that nobody can use any more."""
+        await self._database.write(access_tokens.forget_ended, access_tokens.REFRESH)
+        if self._audit_days:
+            before = now() - self._audit_days * _DAY
+            while not self._stopping.is_set() and (await self._database.write(audit.forget, before)) > 0:
+                pass
 
     async def clear(self, before: float) -> int:
         """Delete stored objects without a row that were there `before` (seconds since the epoch)."""
@@ -139,7 +152,7 @@ class Sweeper:
 
     async def _sweep_always(self) -> None:
         while not self._stopping.is_set():
-            for step in (self._sweep, self.tidy):
+            for step in (self._sweep, self.tidy, self.forget):
                 try:
                     await step()
                 except Exception as error:

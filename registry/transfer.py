@@ -148,6 +148,13 @@ def _connection(request: web.Request) -> Connection | None:
     return protocol if isinstance(protocol, Connection) else None
 
 
+def begin(request: web.Request) -> None:
+    """Let the connection know that its request has begun to be handled."""
+    connection = _connection(request)
+    if connection is not None:
+        connection.begun()
+
+
 def leave_body(request: web.Request) -> None:
     """Let the HTTP parser have a body that nobody took, so that the connection can go on after it."""
     connection = _connection(request)

@@ -14,10 +14,13 @@ from typing import Final
 from aiohttp import hdrs, web
 
 from registry import locations
-from registry.access import Access, Right
+from registry.access import Right
+from registry.audit import Auditor
 from registry.calls import Call
 from registry.errors import ChunkOutOfOrder, DigestInvalid, MetadataError, RegistryError, SizeInvalid
+from registry.gate import Gate, resource
 from registry.metadata import blobs
+from registry.metadata.audit import Event
 from registry.metadata.engine import Database
 from registry.ranges import parse_chunk
 from registry.responses import BYTES_IN
@@ -35,12 +38,15 @@ _CHECKPOINT_SECONDS: Final = 20.0
 class Uploads:
     """Blobs on their way in."""
 
-    def __init__(self, database: Database, sessions: Sessions, receiver: Receiver, access: Access) -> None:
-        """Take bytes by `receiver` into `sessions`; `access` is asked about the source of a mount."""
+    def __init__(
+        self, database: Database, sessions: Sessions, receiver: Receiver, gate: Gate, auditor: Auditor
+    ) -> None:
+        """Take bytes by `receiver` into `sessions`; `gate` is asked about the source of a mount."""
         self._database = database
         self._sessions = sessions
         self._receiver = receiver
-        self._access = access
+        self._gate = gate
+        self._auditor = auditor
 
     async def start(self, call: Call) -> web.StreamResponse:
         """POST: a mount [end-11], a whole blob [end-4b], or a new session [end-4a]."""
@@ -50,7 +56,7 @@ class Uploads:
         wanted = call.parameter("digest")
         digest = Digest.parse(wanted) if wanted is not None else None
         algorithm = check_algorithm(call.parameter("digest-algorithm") or (digest and digest.algorithm) or CANONICAL)
-        session_id = await self._sessions.open(call.repository, algorithm)
+        session_id = await self._sessions.open(call.repository, algorithm, call.identity.account)
         if digest is None:
             return _accepted(call, session_id, 0)
         try:
@@ -63,11 +69,13 @@ class Uploads:
 
     async def status(self, call: Call) -> web.StreamResponse:
         """GET: how far the upload is. [end-13]"""
+        await self._check_opener(call)
         offset = await self._sessions.offset(call.repository, call.upload())
         return _accepted(call, call.upload(), offset, status=204)
 
     async def append(self, call: Call) -> web.StreamResponse:
         """PATCH: more bytes, in a chunk or a stream. [end-5]"""
+        await self._check_opener(call)
         async with self._receiver.slot():
             whole = whole_body(call.request)
             if whole and self._keep(call, whole):
@@ -82,21 +90,38 @@ class Uploads:
         wanted = call.parameter("digest")
         if wanted is None:
             raise DigestInvalid("the closing PUT needs ?digest=<algorithm>:<hex>")
+        await self._check_opener(call)
         return await self._finish(call, call.upload(), Digest.parse(wanted))
 
     async def cancel(self, call: Call) -> web.StreamResponse:
         """DELETE: forget the upload. [end-14]"""
+        await self._check_opener(call)
         await self._sessions.cancel(call.repository, call.upload())
         return web.Response(status=204)
 
+    async def _check_opener(self, call: Call) -> None:
+        """Let a token whose time is over go on with what its account began; nothing else."""
+        if call.identity.is_ended and not (
+            call.identity.account
+            and await self._sessions.opener(call.repository, call.upload()) == call.identity.account
+        ):
+            self._gate.demand_valid(call.request, call.identity)
+
     async def _finish(self, call: Call, session_id: str, digest: Digest) -> web.StreamResponse:
+        event = self._event(call, digest)
         async with self._receiver.slot():
             whole = whole_body(call.request)
-            if whole is None or not await self._publish_fresh(call, session_id, whole, digest):
+            if whole is None or not await self._publish_fresh(call, session_id, whole, digest, event):
                 async with self._sessions.claimed(call.repository, session_id, digest) as claim:
                     await self._receive(call, claim, whole, last=False)
-                    await self._sessions.publish(claim, digest)
+                    await self._sessions.publish(claim, digest, event)
+        self._auditor.tell(event)
         return _created(call, digest)
+
+    def _event(self, call: Call, digest: Digest, detail: str = "") -> Event | None:
+        return self._auditor.event(
+            call.request, call.identity, "blob.push", repository=call.repository, target=str(digest), detail=detail
+        )
 
     def _keep(self, call: Call, content: bytes) -> bool:
         """Let a fresh session have its first bytes; False where they must go the long way."""
@@ -107,18 +132,29 @@ class Uploads:
             call.request[BYTES_IN] = len(content)
         return is_kept
 
-    async def _publish_fresh(self, call: Call, session_id: str, last: bytes, digest: Digest) -> bool:
+    async def _publish_fresh(
+        self, call: Call, session_id: str, last: bytes, digest: Digest, event: Event | None
+    ) -> bool:
         """Make a blob of a fresh session at once; False where it must go the long way."""
         if hdrs.CONTENT_RANGE in call.request.headers:
             return False
         call.request[BYTES_IN] = len(last)
-        return await self._sessions.publish_fresh(call.repository, session_id, last, digest)
+        return await self._sessions.publish_fresh(call.repository, session_id, last, digest, event)
 
     async def _mount(self, call: Call, digest: Digest) -> bool:
         """Take the blob over from `from`, or from any repository that the client may pull from."""
-        for source in await self._sources(call.parameter("from"), digest):
-            if self._access.may(call.identity, source, Right.PULL):
-                return await self._database.write(blobs.mount, source, call.repository, digest)
+        named = call.parameter("from")
+        for source in await self._sources(named, digest):
+            if call.identity.may(source, Right.PULL):
+                event = self._event(call, digest, f"mounted from {source}")
+                if not await self._database.write(blobs.mount, source, call.repository, digest, event):
+                    return False
+                self._auditor.tell(event)
+                return True
+            if named is not None and call.identity.holds(source, Right.PULL):
+                # Its token lacks the source only: clients get a wider one then, and send no bytes.
+                wanted = [resource(call.repository, Right.PUSH), resource(source, Right.PULL)]
+                raise self._gate.challenge(call.request, wanted, "insufficient_scope")
         return False
 
     async def _sources(self, named: str | None, digest: Digest) -> list[RepositoryName]:

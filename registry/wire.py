@@ -27,6 +27,7 @@ from aiohttp import web
 
 from registry.answers import Answers, is_plain
 from registry.chunks import ChunkedBody, Piece, is_whole
+from registry.connections import Connections
 from registry.errors import BadRequest, RequestTimeout, SizeInvalid
 from registry.responses import json_response
 from storage.threads import Threads
@@ -52,10 +53,14 @@ log = structlog.get_logger()
 class Connection(asyncio.Protocol):
     """Stands between a transport and aiohttp's protocol."""
 
-    def __init__(self, inner: asyncio.Protocol, answers: Answers) -> None:
+    def __init__(self, inner: asyncio.Protocol, answers: Answers, connections: Connections) -> None:
         """Pass everything on to `inner`, but for bodies that are taken and what `answers` knows."""
         self._inner = inner
         self._answers = answers
+        self._connections = connections
+        #: When the head began that is not whole yet, by the loop's clock; None while none is awaited.
+        self.head_since: float | None = None
+        self._is_encrypted = False
         self._transport: asyncio.Transport | None = None
         self._held: bytes | None = None
         self._is_taken = False
@@ -80,14 +85,27 @@ class Connection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         # uvloop's transports are no subclasses of asyncio's.
         self._transport = cast("asyncio.Transport", transport)
-        self._asked_at = asyncio.get_running_loop().time()
+        self._asked_at = self.head_since = asyncio.get_running_loop().time()
         peer = transport.get_extra_info("peername")
         self._remote = str(peer[0]) if peer else ""
+        self._is_encrypted = transport.get_extra_info("sslcontext") is not None
         self._inner.connection_made(transport)
+        if not self._connections.enter(self):
+            self._transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._transport = None
+        self._connections.leave(self)
         self._inner.connection_lost(exc)
+
+    def abort(self) -> None:
+        """End the connection at once."""
+        if self._transport is not None:
+            self._transport.abort()
+
+    def begun(self) -> None:
+        """Hear that the head of a request is whole, and somebody is at it."""
+        self.head_since = None
 
     def eof_received(self) -> bool | None:
         return self._inner.eof_received()
@@ -103,6 +121,8 @@ class Connection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         if self._is_plain and self._answer_again(data):
             return
+        if self._is_answered and self.head_since is None:
+            self.head_since = asyncio.get_running_loop().time()
         if self._held is not None:
             self._hold(data)
             return
@@ -111,7 +131,8 @@ class Connection(asyncio.Protocol):
             self._to_skip -= skipped
             data = data[skipped:]
         is_next = self._is_clear and not self._to_come and self._is_answered
-        end = _end_of_upload_head(data) if is_next else 0
+        # What a thread would read from the socket is not the body where it is encrypted.
+        end = _end_of_upload_head(data) if is_next and not self._is_encrypted else 0
         # A body that came with its head is small, and nothing is gained by another way.
         if end and not data.endswith(_LAST_CHUNK) and self._transport is not None:
             self._is_answered = False
@@ -153,10 +174,11 @@ class Connection(asyncio.Protocol):
     def _answer_again(self, data: bytes) -> bool:
         now = asyncio.get_running_loop().time()
         if self._is_answered and not self._is_full and self._transport is not None:
-            answer = self._answers.find(data)
+            answer = self._answers.find(data, self._remote)
             # aiohttp ends a connection on which it hears nothing for long: now and then it gets one.
             if answer and now - self._asked_at < _REFRESH:
                 self._transport.write(self._answers.give(answer, self._remote))
+                self.head_since = None
                 return True
         self._is_plain = self._is_answered and is_plain(data)
         if self._is_plain:
@@ -288,12 +310,12 @@ class _Handler(web.RequestHandler):
         return response
 
 
-def accept(http: Callable[[], asyncio.Protocol], answers: Answers) -> Connection:
-    """Return the protocol for a new connection, in front of the one that `http`, aiohttp's server, makes."""
+def accept(http: Callable[[], asyncio.Protocol], answers: Answers, connections: Connections) -> Connection:
+    """Return the protocol for a new one of `connections`, in front of the one that `http`, aiohttp's server, makes."""
     inner = http()
     # aiohttp has no way to be given another class, and this one differs in nothing but two methods.
     inner.__class__ = _Handler
-    return Connection(inner, answers)
+    return Connection(inner, answers, connections)
 
 
 async def _readable(sock: socket.socket, stall: float) -> None:

@@ -19,6 +19,7 @@ from aiohttp.web_runner import AppRunner, BaseRunner
 
 from registry.app import ANSWERS, Process, build
 from registry.config import Settings, load
+from registry.connections import Connections
 from registry.metadata.engine import Database, open_database
 from registry.metadata.schema import upgrade
 from registry.wire import accept
@@ -148,10 +149,18 @@ Start = Callable[..., Awaitable[Client]]
 
 
 class _Runner(AppRunner):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.connections = Connections(1000, 20)
+
+    async def cleanup(self) -> None:
+        await super().cleanup()
+        await self.connections.close()
+
     @property
     def server(self) -> Any:
         http = super().server
-        return None if http is None else lambda: accept(http, self.app[ANSWERS])
+        return None if http is None else lambda: accept(http, self.app[ANSWERS], self.connections)
 
 
 class _Server(TestServer):
@@ -165,6 +174,7 @@ class _Server(TestServer):
             access_log=None,
             shutdown_timeout=5,
             max_field_size=16384,
+            auto_decompress=False,
             keepalive_timeout=self.keepalive_timeout,
             **kwargs,
         )

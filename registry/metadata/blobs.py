@@ -8,7 +8,8 @@ from typing import Final, NamedTuple
 from sqlalchemy import Connection, and_, bindparam, delete, func, insert, select, update
 
 from registry.errors import BlobUnknown, BlobUploadUnknown
-from registry.metadata import leftovers, repositories
+from registry.metadata import audit, leftovers, repositories
+from registry.metadata.audit import Event
 from registry.metadata.prepared import Prepared
 from registry.metadata.tables import blob, manifest_reference, now, repository, repository_blob, upload_session
 from storage.digest import Digest
@@ -99,9 +100,18 @@ def holders(connection: Connection, digest: Digest, limit: int = 100) -> list[st
     )
 
 
-def mount(connection: Connection, source: RepositoryName, target: RepositoryName, digest: Digest) -> bool:
-    """Make a blob of `source` visible in `target` too; False where `source` does not hold it."""
-    return find(connection, source, digest) is not None and _link_existing(connection, target, digest)
+def mount(
+    connection: Connection,
+    source: RepositoryName,
+    target: RepositoryName,
+    digest: Digest,
+    event: Event | None = None,
+) -> bool:
+    """Make a blob of `source` visible in `target` too, and keep the event; False where `source` does not hold it."""
+    if find(connection, source, digest) is None or not _link_existing(connection, target, digest):
+        return False
+    audit.add(connection, event)
+    return True
 
 
 def _link_existing(connection: Connection, name: RepositoryName, digest: Digest) -> bool:
@@ -117,7 +127,12 @@ def _link_existing(connection: Connection, name: RepositoryName, digest: Digest)
 
 
 def finish_with_existing(
-    connection: Connection, session_id: str, writer: str, name: RepositoryName, digest: Digest
+    connection: Connection,
+    session_id: str,
+    writer: str,
+    name: RepositoryName,
+    digest: Digest,
+    event: Event | None = None,
 ) -> bool:
     """End an upload whose bytes are in the store already; False where they are not, and nothing changed.
 
@@ -128,6 +143,7 @@ def finish_with_existing(
         return False
     _end_session(connection, session_id, writer)
     leftovers.add(connection, [session_id])
+    audit.add(connection, event)
     return True
 
 

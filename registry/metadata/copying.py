@@ -10,9 +10,11 @@ from sqlalchemy.exc import DBAPIError
 
 from registry.errors import ConfigurationError
 from registry.metadata.engine import parse_url
-from registry.metadata.tables import identity, metadata
+from registry.metadata.tables import identity, metadata, policy
 
 _CHUNK: Final = 1000
+#: Tables that have a row from the first.
+_SEEDED: Final = (identity, policy)
 
 
 def copy_database(source: str, target: str, progress: Callable[[str, int, int], None]) -> dict[str, int]:
@@ -33,7 +35,8 @@ def copy_database(source: str, target: str, progress: Callable[[str, int, int], 
         with _opened(source).connect() as connection, _opened(target).begin() as write:
             read = _on_one_snapshot(connection)
             _check_empty(write)
-            write.execute(delete(identity))
+            for table in _SEEDED:
+                write.execute(delete(table))
             return {table.name: _copy(read, write, table, progress) for table in metadata.sorted_tables}
     except DBAPIError as error:
         raise ConfigurationError(f"the database does not answer: {str(error.orig).strip()}") from None
@@ -51,7 +54,7 @@ def _on_one_snapshot(connection: Connection) -> Connection:
 
 def _check_empty(connection: Connection) -> None:
     for table in metadata.sorted_tables:
-        if table is not identity and connection.scalar(select(func.count()).select_from(table)):
+        if table not in _SEEDED and connection.scalar(select(func.count()).select_from(table)):
             raise ConfigurationError(
                 f"the target has content already (in its table {table.name}): copy into a new, empty database"
             )

@@ -64,6 +64,9 @@ class Database(Protocol):
     def watch(self) -> Watch | None:
         """Return what tells at once that others have written; None where nothing can."""
 
+    def watch_rights(self) -> Watch | None:
+        """Return what tells the version of `policy` at once; None where it must be asked for."""
+
     async def close(self) -> None:
         """Finish what is queued and let go of all connections."""
 

@@ -90,6 +90,9 @@ class PostgresDatabase:
     def watch(self) -> None:
         """There is nothing that tells at once."""
 
+    def watch_rights(self) -> None:
+        """Nor for this."""
+
     async def close(self) -> None:
         await self._threads.close()
         for connection in self._open:

@@ -40,13 +40,18 @@ class Prepared:
 
     def first(self, connection: Connection, **parameters: Any) -> Any:
         """Run it and return the first row as a tuple, or None."""
-        rows = self._run(connection, parameters).fetchall()
+        rows = self.all(connection, **parameters)
         return rows[0] if rows else None
 
     def scalar(self, connection: Connection, **parameters: Any) -> Any:
         """Run it and return the first value of the first row, or None."""
         row = self.first(connection, **parameters)
         return row[0] if row else None
+
+    def all(self, connection: Connection, **parameters: Any) -> list[Any]:
+        """Run it and return all rows as tuples."""
+        found: list[Any] = self._run(connection, parameters).fetchall()
+        return found
 
     def change(self, connection: Connection, **parameters: Any) -> int:
         """Run it and return how many rows it changed."""

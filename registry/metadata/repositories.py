@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Final
 
-from sqlalchemy import Connection, and_, bindparam, func, insert, select, update
+from sqlalchemy import Connection, and_, bindparam, func, insert, select, true, update
 from sqlalchemy.sql.elements import ColumnElement
 
 from registry.metadata.prepared import Prepared
@@ -60,19 +62,64 @@ def below(path: str) -> ColumnElement[bool]:
     return (repository.c.name == path) | and_(repository.c.name > f"{path}/", repository.c.name < f"{path}0")
 
 
-def names(connection: Connection, last: str, limit: int) -> list[str]:
-    """Return up to `limit` names of repositories after `last`, in ASCII order."""
-    query = (
-        select(repository.c.name)
-        .where(repository.c.has_content, repository.c.name > last)
-        .order_by(repository.c.name)
-        .limit(limit)
+def names(connection: Connection, nodes: Iterable[str], last: str, limit: int) -> list[str]:
+    """Return up to `limit` names of repositories after `last` in ASCII order, of those at or below one of `nodes`.
+
+    None of the nodes lies below another one; the empty one is the root.
+    """
+    found: list[str] = []
+    for span in _spans(nodes):
+        if len(found) < limit:
+            query = select(repository.c.name).where(repository.c.has_content, repository.c.name > last, span)
+            found += connection.scalars(query.order_by(repository.c.name).limit(limit - len(found)))
+    return found
+
+
+def _spans(nodes: Iterable[str]) -> list[ColumnElement[bool]]:
+    """Return conditions for the names at or below nodes, so that what one finds comes before what the next one does.
+
+    A node and what lies below it need not stand together: `a` < `a-b` < `a/c`. `/` sorts right before `0`.
+    """
+    spans: dict[str, ColumnElement[bool]] = {}
+    for node in nodes:
+        if not node:
+            return [true()]
+        spans[node] = repository.c.name == node
+        spans[f"{node}/"] = and_(repository.c.name > f"{node}/", repository.c.name < f"{node}0")
+    return [spans[start] for start in sorted(spans)]
+
+
+def children(connection: Connection, path: str, nodes: Collection[str], last: str, limit: int) -> list[Node]:
+    """Return up to `limit` entries right below `path` (empty: the root) after `last`, in order of name.
+
+    Only what leads to repositories at or below one of `nodes`; of folders on the way to them no more is told than that.
+    """
+    if any(not node or path == node or path.startswith(f"{node}/") for node in nodes):
+        return _children(connection, path, last, limit)
+    start = f"{path}/" if path else ""
+    leading: defaultdict[str, list[str]] = defaultdict(list)
+    for node in nodes:
+        if node.startswith(start):
+            leading[start + node.removeprefix(start).partition("/")[0]].append(node)
+    found: list[Node] = []
+    for name in sorted(leading):
+        if name > last and len(found) < limit:
+            found += _child(connection, path, name, leading[name])
+    return found
+
+
+def _child(connection: Connection, path: str, name: str, nodes: list[str]) -> list[Node]:
+    """Return one entry, if it or anything below `nodes` is there."""
+    if name in nodes:
+        return [node for node in _children(connection, path, name, 1, is_first=True) if node.name == name]
+    is_there = bool(names(connection, nodes, "", 1))
+    return (
+        [Node(name, is_repository=False, has_children=True, tags=0, manifests=0, updated_at=None)] if is_there else []
     )
-    return list(connection.scalars(query))
 
 
-def children(connection: Connection, path: str, last: str, limit: int) -> list[Node]:
-    """Return up to `limit` entries right below `path` (empty: the root) after `last`, in order of name."""
+def _children(connection: Connection, path: str, last: str, limit: int, *, is_first: bool = False) -> list[Node]:
+    """Return all entries right below `path` after `last`, or from it on if `is_first`."""
     parent = select(repository.c.id).where(repository.c.name == path).scalar_subquery()
     above = repository.c.parent_id == parent if path else repository.c.parent_id.is_(None)
     other = repository.alias()
@@ -86,7 +133,7 @@ def children(connection: Connection, path: str, last: str, limit: int) -> list[N
     )
     query = (
         select(repository.c.name, repository.c.has_content, has_children, tags, manifests, updated)
-        .where(above, repository.c.name > last)
+        .where(above, repository.c.name >= last if is_first else repository.c.name > last)
         .order_by(repository.c.name)
         .limit(limit)
     )

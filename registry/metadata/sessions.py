@@ -36,6 +36,7 @@ _create: Final = Prepared(
         offset=bindparam("offset"),
         state=bindparam("state"),
         is_torn=bindparam("torn"),
+        opened_by=bindparam("opener"),
         claimed_at=0,
         created_at=bindparam("at"),
         updated_at=bindparam("at"),
@@ -55,6 +56,7 @@ _is_named: Final = and_(
 )
 _is_free: Final = or_(upload_session.c.writer.is_(None), upload_session.c.claimed_at < bindparam("expired"))
 _find: Final = Prepared(select(*_columns).where(_is_named))
+_opener: Final = Prepared(select(upload_session.c.opened_by).where(_is_named))
 _claim: Final = Prepared(
     update(upload_session)
     .where(_is_named, _is_free)
@@ -102,6 +104,7 @@ def create(
     start: Checkpoint,
     *,
     is_torn: bool = False,
+    opened_by: int = 0,
 ) -> None:
     """Open a session; `is_torn` says that the store may hold more of it than `start` knows."""
     _create.change(
@@ -113,6 +116,7 @@ def create(
         offset=start.offset,
         state=start.state,
         torn=is_torn,
+        opener=opened_by,
         at=now(),
     )
 
@@ -123,6 +127,14 @@ def find(connection: Connection, session_id: str, repository: RepositoryName) ->
     if row is None:
         raise BlobUploadUnknown
     return _session(row)
+
+
+def opener(connection: Connection, session_id: str, repository: RepositoryName) -> int:
+    """Return the id of the account that opened a session, 0 for nobody's. Raises `BlobUploadUnknown`."""
+    found = _opener.scalar(connection, session_id=session_id, name=repository)
+    if found is None:
+        raise BlobUploadUnknown
+    return int(found)
 
 
 def claim(

@@ -21,6 +21,7 @@ from sqlalchemy import URL, Connection, Engine, create_engine, event
 from sqlalchemy.exc import DatabaseError, DBAPIError, OperationalError
 
 from registry.errors import MetadataFull, MetadataUnavailable
+from registry.metadata import policy
 from registry.metadata.engine import Unit, parse_url
 from registry.metadata.prepared import driver
 from storage.threads import Job, Threads
@@ -32,6 +33,9 @@ _BATCH_LIMIT: Final = 64
 _READERS: Final = 4
 _BUSY_SECONDS: Final = 15
 
+
+#: No version is below it, nor is the sum of one and a count of writes.
+_UNKNOWN: Final = -(1 << 62)
 
 #: The general kind, none of its special ones: the file is damaged, or no database.
 _DAMAGED: Final = (DatabaseError, sqlite3.DatabaseError)
@@ -87,6 +91,9 @@ class SqliteDatabase:
 
     def watch(self) -> DataVersion:
         return DataVersion(self._path)
+
+    def watch_rights(self) -> RightsVersion:
+        return RightsVersion(self._path)
 
     async def close(self) -> None:
         self._queue.put(None)
@@ -213,12 +220,37 @@ class DataVersion:
         except sqlite3.Error:
             # What cannot be known to be good is not used: no two looks are in one epoch.
             self._failures += 1
-            return -self._failures
+            return _UNKNOWN - self._failures
         return row[0]
 
     def close(self) -> None:
         """Close the connection."""
         self._connection.close()
+
+
+class RightsVersion(DataVersion):
+    """What tells that somebody's rights may have changed, whoever wrote it. [registry.metadata.policy]
+
+    The row is read only where anything was written at all, and then it is in memory: some ten microseconds.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self._looked_at: int | None = None
+        self._version = 0
+
+    def __call__(self) -> int:
+        data = super().__call__()
+        if data == self._looked_at:
+            return self._version
+        try:
+            (version,) = self._connection.execute(policy.VERSION).fetchone()
+        except sqlite3.Error:
+            self._failures += 1
+            return _UNKNOWN - self._failures
+        self._version = version
+        self._looked_at = data
+        return self._version
 
 
 def _engine(path: Path, begin: str) -> Engine:

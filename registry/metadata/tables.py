@@ -7,6 +7,10 @@
                                                                    leftover: bytes that nobody will ask for
              identity: one row, which says whose facts these are
 
+    account ──< access_token                 access_rule: who may do what below a node of the tree
+        ├────< team_member >── team          policy: one row, which tells that any of these changed
+        └────< access_rule >── team          signing_key: what tokens are signed by        audit_event: who did what
+
 Times are microseconds since the epoch, UTC; sizes are bytes. The foreign keys are the collector's lock: a blob
 row that a manifest points to cannot be deleted, whoever gets there first.
 """
@@ -175,6 +179,7 @@ upload_session = Table(
         server_default=false(),
         comment="a writer never let go: the store may hold more than this row knows",
     ),
+    Column("opened_by", BigInteger, nullable=False, server_default="0", comment="id of an account; 0: nobody's"),
     UniqueConstraint("key"),
     Index("upload_session_updated", "updated_at"),
 )
@@ -192,4 +197,102 @@ identity = Table(
     "identity",
     metadata,
     Column("id", String(36), primary_key=True, comment="of the registry, for the store to bear"),
+)
+
+account = Table(
+    "account",
+    metadata,
+    Column("id", _Id, primary_key=True),
+    Column("name", _name(64), nullable=False, unique=True),
+    Column("kind", String(8), nullable=False, comment="user or robot"),
+    Column("source", String(8), nullable=False, comment="own, or htpasswd: the file says who there is"),
+    Column("password", Text, comment="hash; NULL: by tokens only"),
+    Column("is_disabled", Boolean, nullable=False, server_default=false()),
+    Column("created_at", BigInteger, nullable=False),
+    Column("changed_at", BigInteger, nullable=False, comment="tokens for requests that were signed before are void"),
+    # An id that was given once is in logs and in signed tokens: it must not come to mean somebody else.
+    sqlite_autoincrement=True,
+)
+
+team = Table(
+    "team",
+    metadata,
+    Column("id", _Id, primary_key=True),
+    Column("name", _name(64), nullable=False, unique=True),
+    Column("created_at", BigInteger, nullable=False),
+)
+
+team_member = Table(
+    "team_member",
+    metadata,
+    Column("team_id", _Id, ForeignKey("team.id", ondelete="CASCADE"), primary_key=True),
+    Column("account_id", _Id, ForeignKey("account.id", ondelete="CASCADE"), primary_key=True),
+    Index("team_member_account", "account_id"),
+)
+
+access_token = Table(
+    "access_token",
+    metadata,
+    Column("id", _Id, primary_key=True),
+    Column("account_id", _Id, ForeignKey("account.id", ondelete="CASCADE"), nullable=False),
+    Column("kind", String(8), nullable=False, comment="personal, or refresh: what docker login keeps"),
+    Column("name", Text, nullable=False, comment="for people"),
+    Column("secret", String(64), nullable=False, unique=True, comment="SHA-256; the token itself is not kept"),
+    Column("scope", Text, nullable=False, comment="JSON list of [node, right]; empty: all that the account may"),
+    Column("created_at", BigInteger, nullable=False),
+    Column("ends_at", BigInteger, comment="NULL: when it is revoked"),
+    Column("used_at", BigInteger, comment="to the minute"),
+    Index("access_token_account", "account_id"),
+    sqlite_autoincrement=True,
+)
+
+access_rule = Table(
+    "access_rule",
+    metadata,
+    Column("id", _Id, primary_key=True),
+    Column("node", _name(255), nullable=False, comment="of the tree; empty: its root"),
+    Column("right", String(8), nullable=False),
+    Column("account_id", _Id, ForeignKey("account.id", ondelete="CASCADE")),
+    Column("team_id", _Id, ForeignKey("team.id", ondelete="CASCADE")),
+    Column("audience", String(16), comment="users or everybody, where it is for no account and no team"),
+    Column("created_at", BigInteger, nullable=False),
+    Column("created_by", Text, nullable=False),
+    Index("access_rule_account", "account_id"),
+    Index("access_rule_team", "team_id"),
+    Index("access_rule_node", "node"),
+)
+
+policy = Table(
+    "policy",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("version", BigInteger, nullable=False, comment="another one whenever anybody's rights may have changed"),
+    Column("read_only", Text, comment="why nothing may be written now; NULL: all may be"),
+)
+
+signing_key = Table(
+    "signing_key",
+    metadata,
+    Column("id", String(36), primary_key=True, comment="the kid of tokens"),
+    Column("private", Text, nullable=False, comment="PEM"),
+    Column("created_at", BigInteger, nullable=False),
+)
+
+audit_event = Table(
+    "audit_event",
+    metadata,
+    Column("id", _Id, primary_key=True),
+    Column("at", BigInteger, nullable=False),
+    Column("actor", Text, nullable=False, comment="name of an account at that time; empty: nobody"),
+    Column("credential", Text, nullable=False, comment="what it came with: password, token 12, …"),
+    Column("address", Text, nullable=False),
+    Column("action", String(32), nullable=False),
+    Column("outcome", String(8), nullable=False, comment="done or refused"),
+    Column("repository", _name(255), nullable=False),
+    Column("target", Text, nullable=False, comment="tag, digest, account, …"),
+    Column("detail", Text, nullable=False),
+    Column("request_id", Text, nullable=False),
+    Index("audit_event_at", "at"),
+    Index("audit_event_actor", "actor", "at"),
+    Index("audit_event_repository", "repository", "at"),
 )

@@ -27,6 +27,7 @@ FIELDS = {
     "ms",
     "remote",
     "agent",
+    "user",
     "request_id",
 }
 #: What a terminal, or a reader of lines, takes for more than text.

@@ -195,7 +195,7 @@ async def test_repositories_are_a_tree(database: Database) -> None:
         await database.write(repositories.ensure, RepositoryName(name))
 
     async def children(path: str) -> list[tuple[str, bool, bool]]:
-        nodes = await database.read(repositories.children, path, "", 100)
+        nodes = await database.read(repositories.children, path, [""], "", 100)
         return [(node.name, node.is_repository, node.has_children) for node in nodes]
 
     assert await children("") == [("org", False, True), ("single", True, False)]
@@ -215,7 +215,7 @@ async def test_a_folder_becomes_a_repository_when_something_is_pushed_to_it(data
     folder = await database.write(repositories.ensure, RepositoryName("org"))
     assert await database.read(repositories.find, RepositoryName("org")) == folder
     assert await database.write(repositories.ensure, RepositoryName("org")) == folder
-    assert await database.read(repositories.names, "", 10) == ["org", "org/app"]
+    assert await database.read(repositories.names, [""], "", 10) == ["org", "org/app"]
 
 
 async def test_below_a_path_lies_what_has_it_as_a_prefix_of_whole_components(database: Database) -> None:

@@ -194,17 +194,17 @@ async def test_a_read_sees_one_moment_whatever_is_written_meanwhile(database: Da
     began, may_go_on = Event(), Event()
 
     def look_twice(connection: Connection) -> tuple[Any, Any]:
-        first = repositories.names(connection, "", 10)
+        first = repositories.names(connection, [""], "", 10)
         began.set()
         may_go_on.wait(30)
-        return first, repositories.names(connection, "", 10)
+        return first, repositories.names(connection, [""], "", 10)
 
     reading = asyncio.create_task(database.read(look_twice))
     await asyncio.to_thread(began.wait, 30)
     await database.write(repositories.ensure, NAME)
     may_go_on.set()
     assert await reading == ([], [])
-    assert await database.read(repositories.names, "", 10) == [NAME]
+    assert await database.read(repositories.names, [""], "", 10) == [NAME]
 
 
 async def test_a_server_that_takes_no_writes_any_more_is_left_for_the_one_that_does(

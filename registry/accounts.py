@@ -1,0 +1,80 @@
+"""Accounts that the configuration names: the first administrator, and those of an htpasswd file."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Final
+
+import structlog
+
+from registry.config import AccountSettings
+from registry.errors import AccountsError, ConfigurationError, MetadataError
+from registry.metadata import accounts, policy
+from registry.metadata.engine import Database
+from registry.passwords import hash_password, read_htpasswd
+
+#: Seconds between two looks at the file.
+_PAUSE: Final = 5.0
+
+log = structlog.get_logger()
+
+
+async def make_accounts(database: Database, settings: AccountSettings) -> bool:
+    """Make the accounts that `settings` name, and return whether there are any.
+
+    Raises:
+        ConfigurationError: they cannot be made as they are named.
+        MetadataError: the database does not answer.
+    """
+    if settings.htpasswd:
+        await Follower(database, Path(settings.htpasswd)).look()
+    found = await database.read(policy.find)
+    if settings.admin_password and not found.has_accounts:
+        try:
+            password = await asyncio.to_thread(hash_password, settings.admin_password)
+            if await database.write(accounts.add_first, accounts.checked_name(settings.admin), password):
+                log.info("the first account was made", name=settings.admin)
+        except AccountsError as error:
+            raise ConfigurationError(f"accounts.admin, accounts.admin_password: {error}") from None
+        return True
+    return found.has_accounts
+
+
+class Follower:
+    """Lets accounts follow an htpasswd file, now and whenever it changes."""
+
+    def __init__(self, database: Database, path: Path) -> None:
+        """Follow the file at `path`."""
+        self._database = database
+        self._path = path
+        self._seen: tuple[int, int, int] | None = None
+
+    async def look(self) -> None:
+        """Read the file if it changed. Raises `ConfigurationError` where it cannot be used; nothing changes then."""
+        state = await asyncio.to_thread(self._state)
+        if state == self._seen and state is not None:
+            return
+        passwords = await asyncio.to_thread(read_htpasswd, self._path)
+        changed, foreign = await self._database.write(accounts.follow, passwords)
+        self._seen = state
+        if changed:
+            log.info("accounts follow the htpasswd file", changed=", ".join(changed))
+        for name in foreign:
+            log.warning("an account of this name does not come from the htpasswd file, and stays as it is", name=name)
+
+    async def keep_looking(self) -> None:
+        """Look again and again, until cancelled."""
+        while True:
+            await asyncio.sleep(_PAUSE)
+            try:
+                await self.look()
+            except (ConfigurationError, AccountsError, MetadataError) as error:
+                log.error("accounts do not follow the htpasswd file", error=str(error))
+
+    def _state(self) -> tuple[int, int, int] | None:
+        try:
+            status = self._path.stat()
+        except OSError:
+            return None
+        return status.st_ino, status.st_size, status.st_mtime_ns

@@ -1,0 +1,169 @@
+"""From a name and a password, or something in its place, to an account.
+
+What goes wrong is told to the audit, never to the client: it hears the same after the same time, whether there is such
+an account or not, and whether it is disabled.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import secrets
+import time
+from collections.abc import Sequence
+from typing import Final
+
+import structlog
+
+from registry.access import Held, Identity
+from registry.errors import MetadataError
+from registry.issuers import Issuers, looks_like_one
+from registry.limits import LoginLimits
+from registry.metadata import access_tokens, accounts, principals
+from registry.metadata.engine import Database
+from registry.metadata.principals import Principal
+from registry.passwords import Passwords, is_ours
+from storage.digest import Digest
+
+#: What personal and refresh tokens begin with, so that people and scanners know them where they should not be.
+PREFIX: Final = "hythe_"
+#: Seconds that a refusal takes at least.
+_REFUSAL_SECONDS: Final = 0.3
+#: Seconds for which a password that was right is not checked again.
+_VERDICT_SECONDS: Final = 60.0
+_SECOND: Final = 1_000_000
+
+log = structlog.get_logger()
+
+
+class LoginFailed(Exception):
+    """The credentials are not good. The message says why, for the audit alone."""
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(reason)
+        self.name = name
+
+
+class Logins:
+    """Knows whom credentials stand for."""
+
+    def __init__(self, database: Database, passwords: Passwords, issuers: Issuers, limits: LoginLimits) -> None:
+        """Look into `database`; let `limits` slow down whoever guesses."""
+        self._database = database
+        self._passwords = passwords
+        self._issuers = issuers
+        self._limits = limits
+
+    async def by_password(self, name: str, password: str, address: str) -> Identity:
+        """Return whom a name and a password stand for; the password may be a token.
+
+        Raises:
+            LoginFailed: they are not good.
+            TooManyRequests: too many were not, by this name or from this address.
+        """
+        if password.startswith(PREFIX):
+            return await self.by_token(password, address, name=name)
+        if looks_like_one(password):
+            return await self._by_issuer(name, password, address)
+        with self._limits.attempt(name, address) as attempt:
+            began = time.monotonic()
+            found = await self._database.read(principals.by_name, name)
+            is_right = await self._passwords.check(found.account.password if found else None, password)
+            if found is None or not is_right or found.account.is_disabled:
+                await _wait_until(began + _REFUSAL_SECONDS)
+                raise LoginFailed(name, _reason(found, is_right=is_right))
+            attempt.is_good = True
+        await self._improve(found, password)
+        return identity_of(found, "password", time.time() + _VERDICT_SECONDS)
+
+    async def by_token(self, token: str, address: str, name: str = "", kind: str = access_tokens.PERSONAL) -> Identity:
+        """Return whom a personal or a refresh token stands for, who must be called `name` if that is given.
+
+        Raises as `by_password` does.
+        """
+        # Not by account: tokens cannot be guessed, and whoever guesses passwords shall not lock out its robots.
+        with self._limits.attempt("", address) as attempt:
+            began = time.monotonic()
+            found = await self._database.read(principals.by_secret, secret_hash(token))
+            if (
+                found is None
+                or found.token is None
+                or found.token.kind != kind
+                or found.account.is_disabled
+                or name not in ("", found.account.name)
+            ):
+                await _wait_until(began + _REFUSAL_SECONDS)
+                raise LoginFailed(name, "the token is unknown, revoked, ended, or another account's")
+            attempt.is_good = True
+        await self._database.note(access_tokens.note_use, found.token.id)
+        return identity_of(found, f"{_kind_of(found)} {found.token.id}", time.time() + _VERDICT_SECONDS)
+
+    async def _by_issuer(self, name: str, token: str, address: str) -> Identity:
+        with self._limits.attempt("", address) as attempt:
+            began = time.monotonic()
+            vouched = await self._issuers.read(token)
+            found = await self._database.read(principals.by_name, vouched.account) if vouched.account else None
+            if found is None or found.account.is_disabled:
+                await _wait_until(began + _REFUSAL_SECONDS)
+                reason = vouched.reason or f"there is no account {vouched.account}, or it is disabled"
+                raise LoginFailed(name, f"token of another issuer: {reason}")
+            attempt.is_good = True
+        return identity_of(found, vouched.credential, min(vouched.until, time.time() + _VERDICT_SECONDS))
+
+    async def _improve(self, found: Principal, password: str) -> None:
+        """Keep a password of our own by our own hash, if it came from elsewhere."""
+        old = found.account.password
+        if found.account.source != accounts.OWN or old is None or is_ours(old):
+            return
+        try:
+            await self._database.note(accounts.rehash, found.account.id, old, await self._passwords.rehash(password))
+        except MetadataError as error:
+            log.warning("a password is not hashed anew yet", error=str(error))
+
+
+def identity_of(found: Principal, credential: str, until: float) -> Identity:
+    """Return who an account is, to those who decide. `until` is in seconds since the epoch."""
+    token = found.token
+    if token is not None and token.ends_at is not None:
+        until = min(until, token.ends_at / _SECOND)
+    return Identity(
+        name=found.account.name,
+        account=found.account.id,
+        held=Held(found.rules),
+        bound=bound_of(token.scope) if token else None,
+        credential=credential,
+        token=token.id if token else 0,
+        until=until,
+    )
+
+
+def bound_of(scope: str) -> Held | None:
+    """Return how far a token reaches; None where as far as its account."""
+    rules: Sequence[tuple[str, str]] = json.loads(scope)
+    return Held(rules) if rules else None
+
+
+def new_token() -> str:
+    """Return a token that nobody has."""
+    return PREFIX + secrets.token_urlsafe(32)
+
+
+def secret_hash(token: str) -> str:
+    """Return what is kept of a token."""
+    return Digest.of(token.encode()).hex
+
+
+def _kind_of(found: Principal) -> str:
+    return "token" if found.token and found.token.kind == access_tokens.PERSONAL else "refresh token"
+
+
+def _reason(found: Principal | None, *, is_right: bool) -> str:
+    if found is None:
+        return "there is no such account"
+    if found.account.password is None:
+        return "the account has no password"
+    return "the account is disabled" if is_right else "wrong password"
+
+
+async def _wait_until(moment: float) -> None:
+    await asyncio.sleep(max(0.0, moment - time.monotonic()))

@@ -1,0 +1,116 @@
+"""Tokens that stand for an account: personal ones, and those that `docker login` keeps instead of a password.
+
+A token is 256 random bits, so its plain SHA-256 tells nothing of it, and finding it by that takes no longer for one
+that is nearly right.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Final
+
+from sqlalchemy import Connection, and_, bindparam, delete, insert, or_, select, update
+
+from registry.errors import AccountsError
+from registry.metadata import accounts, policy
+from registry.metadata.prepared import Prepared
+from registry.metadata.tables import access_token, account, now
+
+PERSONAL: Final = "personal"
+REFRESH: Final = "refresh"
+
+#: Microseconds between two notes of when a token was used.
+_USE_NOTED: Final = 60_000_000
+
+_columns: Final = (
+    access_token.c.id,
+    access_token.c.account_id,
+    access_token.c.kind,
+    access_token.c.name,
+    access_token.c.scope,
+    access_token.c.created_at,
+    access_token.c.ends_at,
+    access_token.c.used_at,
+)
+_by_secret: Final = Prepared(select(*_columns).where(access_token.c.secret == bindparam("secret")))
+_by_id: Final = Prepared(select(*_columns).where(access_token.c.id == bindparam("token_id")))
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """A token, but for itself. Times are microseconds since the epoch; `scope` is JSON."""
+
+    id: int
+    account_id: int
+    kind: str
+    name: str
+    scope: str
+    created_at: int
+    ends_at: int | None
+    used_at: int | None
+
+    def is_over(self) -> bool:
+        """Return whether its time is over."""
+        return self.ends_at is not None and self.ends_at <= now()
+
+
+def add(
+    connection: Connection, account_id: int, kind: str, name: str, secret: str, scope: str, ends_at: int | None
+) -> int:
+    """Keep a new token by its hash, `secret`, and return its id."""
+    values = {"account_id": account_id, "kind": kind, "name": name, "secret": secret, "scope": scope}
+    result = connection.execute(insert(access_token).values(**values, created_at=now(), ends_at=ends_at))
+    assert result.inserted_primary_key is not None
+    return int(result.inserted_primary_key[0])
+
+
+def add_personal(connection: Connection, owner: str, name: str, secret: str, scope: str, ends_at: int | None) -> int:
+    """Keep a new personal token of the account called `owner`. Raises `AccountsError`."""
+    return add(connection, accounts.demand(connection, owner).id, PERSONAL, name, secret, scope, ends_at)
+
+
+def find(connection: Connection, secret: str) -> Token | None:
+    """Return the token with a hash."""
+    row = _by_secret.first(connection, secret=secret)
+    return Token(*row) if row else None
+
+
+def get(connection: Connection, token_id: int) -> Token | None:
+    """Return the token with an id."""
+    row = _by_id.first(connection, token_id=token_id)
+    return Token(*row) if row else None
+
+
+def of(connection: Connection, owner: str | None, *, refresh: bool = False) -> list[tuple[str, Token]]:
+    """Return tokens with their owners' names: of one account, or of all. Raises `AccountsError`."""
+    query: Any = select(account.c.name, *_columns).join(account, account.c.id == access_token.c.account_id)
+    if owner is not None:
+        query = query.where(account.c.id == accounts.demand(connection, owner).id)
+    if not refresh:
+        query = query.where(access_token.c.kind == PERSONAL)
+    return [(name, Token(*row)) for name, *row in connection.execute(query.order_by(access_token.c.id))]
+
+
+def revoke(connection: Connection, token_id: int) -> tuple[str, Token]:
+    """Let a token be good for nothing, nor what was signed for it; return what it was. Raises `AccountsError`."""
+    token = get(connection, token_id)
+    if token is None:
+        raise AccountsError(f"there is no token {token_id} (hythe token list shows all)")
+    owner = accounts.get(connection, token.account_id)
+    connection.execute(delete(access_token).where(access_token.c.id == token_id))
+    policy.changed(connection)
+    return owner.name if owner else "", token
+
+
+def note_use(connection: Connection, token_id: int) -> None:
+    """Remember that a token is used now. Nobody's rights change."""
+    at = now()
+    stale = or_(access_token.c.used_at.is_(None), access_token.c.used_at < at - _USE_NOTED)
+    connection.execute(update(access_token).where(and_(access_token.c.id == token_id, stale)).values(used_at=at))
+
+
+def forget_ended(connection: Connection, kind: str) -> int:
+    """Delete tokens of a kind whose time is over; return how many."""
+    return connection.execute(
+        delete(access_token).where(access_token.c.kind == kind, access_token.c.ends_at <= now())
+    ).rowcount

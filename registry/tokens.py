@@ -1,0 +1,158 @@
+"""`/v2/token`: credentials for a token for requests. [distribution: Token Authentication, OAuth2 Token Authentication]
+
+    GET  ?service=&scope=&scope=…            with Basic, or without: then for what everybody may
+         &offline_token=true                 and a refresh token, for clients to keep instead of the password
+    POST grant_type=password                 username, password, and the same
+         grant_type=refresh_token            refresh_token, in place of a password
+         grant_type=…:token-exchange         subject_token of another issuer [RFC 8693]
+
+A token says what it is for: what was asked, as far as it is held. It is looked at against the rules again with each
+request, so it gives nothing that was taken away meanwhile.
+"""
+
+from __future__ import annotations
+
+import time
+from datetime import UTC, datetime
+from typing import Final
+from urllib.parse import parse_qsl
+
+from aiohttp import hdrs, web
+from multidict import MultiDict, MultiMapping
+
+from registry.access import Identity, Scope
+from registry.audit import Auditor
+from registry.calls import Call
+from registry.config import AccountSettings
+from registry.errors import BadRequest, Unauthorized
+from registry.gate import Gate
+from registry.logins import new_token, secret_hash
+from registry.metadata import access_tokens
+from registry.metadata.audit import audited
+from registry.metadata.engine import Database
+from registry.metadata.tables import now
+from registry.responses import json_response
+from registry.signing import Signer
+from registry.transfer import Receiver, read_limited
+
+_BODY_LIMIT: Final = 64 << 10
+_FIELDS_LIMIT: Final = 1000
+_DAY: Final = 86400 * 1_000_000
+_EXCHANGE: Final = "urn:ietf:params:oauth:grant-type:token-exchange"
+
+
+class Tokens:
+    """Gives out tokens for requests."""
+
+    def __init__(
+        self,
+        database: Database,
+        gate: Gate,
+        signer: Signer,
+        auditor: Auditor,
+        receiver: Receiver,
+        settings: AccountSettings,
+    ) -> None:
+        """Let `gate` say who asks, `signer` sign, `receiver` take forms in; refresh tokens are kept in `database`."""
+        self._database = database
+        self._gate = gate
+        self._signer = signer
+        self._auditor = auditor
+        self._settings = settings
+        self._receiver = receiver
+
+    async def get(self, call: Call) -> web.StreamResponse:
+        """GET: for whoever sends his credentials, or for nobody."""
+        query = call.request.query
+        if call.request.headers.get(hdrs.AUTHORIZATION, "").lower().startswith("bearer "):
+            raise Unauthorized(
+                "a token is given for a name and a password, not for another token",
+                headers={hdrs.WWW_AUTHENTICATE: 'Basic realm="Hythe"'},
+            )
+        wants_refresh = query.get("offline_token", "").lower() in ("true", "1")
+        return await self._give(call, call.identity, query, wants_refresh=wants_refresh)
+
+    async def post(self, call: Call) -> web.StreamResponse:
+        """POST: for whoever sends his credentials in a form."""
+        form = await _form(call.request, self._receiver)
+        kind = form.get("grant_type", "")
+        if kind == "refresh_token":
+            sent = form.get("refresh_token", "")
+            identity = await self._gate.log_in_by_token(call.request, sent, access_tokens.REFRESH)
+            return await self._give(call, identity, form, refresh=sent)
+        if kind == "password":
+            identity = await self._gate.log_in(call.request, form.get("username", ""), form.get("password", ""))
+            return await self._give(call, identity, form, wants_refresh=form.get("access_type") == "offline")
+        if kind == _EXCHANGE:
+            identity = await self._gate.log_in(call.request, "", form.get("subject_token", ""))
+            return await self._give(call, identity, form)
+        raise BadRequest("grant_type must be password, refresh_token or token exchange")
+
+    async def _give(
+        self,
+        call: Call,
+        identity: Identity,
+        asked: MultiMapping[str],
+        *,
+        wants_refresh: bool = False,
+        refresh: str = "",
+    ) -> web.StreamResponse:
+        service = asked.get("service", self._settings.service)
+        if service != self._settings.service:
+            raise BadRequest(f"this is the service {self._settings.service}, not {service[:100]!r}")
+        scope = identity.granted(asked.getall("scope", []))
+        if wants_refresh and not refresh:
+            refresh = await self._new_refresh(call, identity)
+        token = await self._sign(identity, scope)
+        answer = {
+            "token": token,
+            "access_token": token,
+            "expires_in": self._settings.token_seconds,
+            "issued_at": datetime.fromtimestamp(int(time.time()), UTC).isoformat().replace("+00:00", "Z"),
+        }
+        answer |= {"refresh_token": refresh} if refresh else {}
+        return json_response(answer, headers={hdrs.CACHE_CONTROL: "no-store"})
+
+    async def _sign(self, identity: Identity, scope: Scope) -> str:
+        claims = {
+            "access": scope.as_claim(),
+            "account": identity.account,
+            "token": identity.token,
+            "by": identity.credential,
+            "at": now(),
+        }
+        return await self._signer.sign(identity.name, self._settings.token_seconds, claims)
+
+    async def _new_refresh(self, call: Call, identity: Identity) -> str:
+        """Return a token to keep instead of a password; none for who came by a token, which is to be kept itself."""
+        if not identity.account or identity.credential != "password" or not self._settings.refresh_days:
+            return ""
+        token = new_token()
+        name = call.parameter("client_id") or "docker login"
+        event = self._auditor.event(call.request, identity, "login.keep", target=name)
+        await self._database.write(
+            audited,
+            event,
+            access_tokens.add,
+            identity.account,
+            access_tokens.REFRESH,
+            name[:100],
+            secret_hash(token),
+            "[]",
+            now() + self._settings.refresh_days * _DAY,
+        )
+        self._auditor.tell(event)
+        return token
+
+
+async def _form(request: web.Request, receiver: Receiver) -> MultiDict[str]:
+    """Return the fields of a form, in its one plain encoding."""
+    if request.content_type != "application/x-www-form-urlencoded":
+        raise BadRequest("the form must be application/x-www-form-urlencoded")
+    body = await read_limited(request, receiver, _BODY_LIMIT)
+    if body is None:
+        raise BadRequest("the form is too large")
+    try:
+        return MultiDict(parse_qsl(body.decode(), max_num_fields=_FIELDS_LIMIT))
+    except ValueError:
+        raise BadRequest("the form cannot be read") from None
