@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import re
 from collections.abc import AsyncGenerator, AsyncIterator
 from pathlib import Path
@@ -15,6 +16,7 @@ from registry.answers import Answers, is_plain
 from registry.app import ANSWERS
 from registry.cache import Cache, WriteCounter
 from registry.config import Settings
+from registry.connections import Connections
 from registry.metrics import Metrics
 from registry.record import Recorder
 from registry.wire import Connection
@@ -318,10 +320,12 @@ class _Transport(asyncio.Transport):
 
 async def test_a_client_that_takes_nothing_is_given_no_more() -> None:
     answers = Answers(Cache(1 << 20, WriteCounter()), Recorder(Metrics(), None))
-    answer = registry.answers.Answer(b"HTTP/1.1 200 OK\r\n", b"", "GET", "/", "manifest", 200, 0, "")
+    answer = registry.answers.Answer(
+        b"HTTP/1.1 200 OK\r\n", b"", "GET", "/", "manifest", 200, 0, "", "", "", "", "", math.inf
+    )
     answers._cache.put(head(), answer, 0, 1)
     inner, transport = _Inner(), _Transport()
-    connection = Connection(inner, answers)
+    connection = Connection(inner, answers, Connections(10, 20))
     connection.connection_made(transport)
     connection.data_received(head())
     assert (len(transport.written), inner.heard) == (1, [])

@@ -45,4 +45,11 @@ async def test_what_fails_beside_requests_is_tried_again_and_the_end_ends_everyt
         pytest.fail("it was not tried again")
     assert threads("sql-writer")
     await client.close()
-    assert not threads("sql-") + threads("disk") + threads("open") + threads("receive") + threads("log-lines") + threads("passwords")
+    assert (
+        not threads("sql-")
+        + threads("disk")
+        + threads("open")
+        + threads("receive")
+        + threads("log-lines")
+        + threads("passwords")
+    )

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from registry.config import Settings, is_loopback, load, parse_listen
+from registry.config import Settings, check_open, is_loopback, load, parse_listen
 from registry.errors import ConfigurationError
 
 EXAMPLE = Path(__file__).parents[2] / "config.example.toml"
@@ -28,7 +28,8 @@ def load_text(tmp_path: Path, text: str, environment: dict[str, str] | None = No
 def leaves(tree: dict[str, Any], above: str = "") -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in tree.items():
-        found |= leaves(value, f"{above}{key}.") if isinstance(value, dict) else {f"{above}{key}": value}
+        leaf = list(value) if isinstance(value, tuple) else value
+        found |= leaves(value, f"{above}{key}.") if isinstance(value, dict) else {f"{above}{key}": leaf}
     return found
 
 
@@ -58,6 +59,8 @@ def test_file_environment_and_command_line_win_in_this_order(tmp_path: Path) -> 
     assert (settings.log.access, settings.uploads.concurrent) == (False, 9)
 
 
+#: Keys that are refused alone, or are no single text.
+TOGETHER = {"tls.certificate", "tls.key", "tls.client_ca", "tls.client_required", "server.trusted_proxies"}
 #: Values of keys that do not take anything.
 ODD = {
     "storage.driver": "filesystem",
@@ -66,6 +69,8 @@ ODD = {
     "storage.s3.part_bytes": str(8 << 20),
     "storage.s3.buffer_bytes": str(64 << 20),
     "storage.s3.timeout_seconds": "90",
+    "server.public_url": "https://registry.example",
+    "accounts.token_seconds": "90",
     "database.url": "sqlite:///x.db",
     "database.connections": "90",
     "uploads.stall_seconds": "90",
@@ -75,7 +80,12 @@ ODD = {
 }
 
 
-@pytest.mark.parametrize("key", sorted(leaves(msgspec.to_builtins(Settings()))))
+def test_a_list_in_the_environment_has_commas() -> None:
+    settings = load(None, {"HYTHE_SERVER__TRUSTED_PROXIES": "10.0.0.0/8, 192.0.2.1"})
+    assert settings.server.trusted_proxies == ("10.0.0.0/8", "192.0.2.1")
+
+
+@pytest.mark.parametrize("key", sorted({*leaves(msgspec.to_builtins(Settings()))} - {"issuers", *TOGETHER}))
 def test_every_key_can_be_set_from_the_environment(key: str) -> None:
     value = ODD.get(key)
     default = leaves(msgspec.to_builtins(Settings()))[key]
@@ -213,15 +223,19 @@ def test_an_address_that_only_this_machine_reaches_needs_no_word(host: str) -> N
     "host",
     ["0.0.0.0", "[::]", "10.0.0.1", "192.168.1.1", "registry.example", "[2001:db8::1]", "localhost.example"],
 )
-def test_an_address_that_others_reach_needs_two_words(host: str) -> None:
+def test_an_address_that_others_reach_needs_encryption_and_accounts_or_two_words(host: str) -> None:
     address = {"server.listen": f"{host}:5000"}
-    with pytest.raises(ConfigurationError, match="allow_open"):
-        load(None, {}, address)
-    with pytest.raises(ConfigurationError, match="allow_open"):
-        load(None, {}, address | {"server.behind_proxy": "true"})
-    with pytest.raises(ConfigurationError, match="behind_proxy"):
-        load(None, {}, address | {"server.allow_open": "true"})
-    assert load(None, {}, address | OPEN).server.listen == f"{host}:5000"
+    for words in ({}, {"server.allow_open": "true"}):
+        with pytest.raises(ConfigurationError, match="behind_proxy"):
+            load(None, {}, address | words)
+    for words in ({"server.behind_proxy": "true"}, {"tls.certificate": "crt", "tls.key": "key"}):
+        settings = load(None, {}, address | words)
+        check_open(settings, has_accounts=True)
+        with pytest.raises(ConfigurationError, match="allow_open"):
+            check_open(settings, has_accounts=False)
+    settings = load(None, {}, address | OPEN)
+    check_open(settings, has_accounts=False)
+    assert settings.server.listen == f"{host}:5000"
 
 
 @given(st.ip_addresses())
