@@ -21,6 +21,7 @@ from registry.app import ANSWERS, Process, build
 from registry.config import Settings, load
 from registry.metadata.engine import Database, open_database
 from registry.metadata.schema import upgrade
+from registry.metadata.tables import identity, metadata
 from registry.wire import accept
 from storage.base import Store
 from tests.content import Client
@@ -85,17 +86,35 @@ def backend(request: pytest.FixtureRequest) -> str:
     return str(getattr(request, "param", "local"))
 
 
+@pytest.fixture(scope="session")
+def template_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file with an empty database of this version, to be copied: that takes a hundredth of making one."""
+    path = tmp_path_factory.mktemp("template") / "hythe.db"
+    upgrade(f"sqlite:///{path}")
+    return path
+
+
+@pytest.fixture(scope="session")
+def database_in_turn(postgres_server: Postgres, template: str) -> str:
+    """The address of a database that one test after another has, empty: making one for each takes minutes."""
+    return postgres_server.create(template)
+
+
 @pytest.fixture
 def database_url(backend: str, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[str]:
-    """The address of an empty database of this version, or of a file that is still to be made."""
+    """The address of an empty database of this version."""
     if backend == "local":
-        yield f"sqlite:///{tmp_path / 'data' / 'hythe.db'}"
+        path = tmp_path / "data" / "hythe.db"
+        # As an upgrade makes it.
+        path.parent.mkdir(mode=0o750, exist_ok=True)
+        shutil.copyfile(request.getfixturevalue("template_file"), path)
+        yield f"sqlite:///{path}"
         return
-    template = request.getfixturevalue("template")
-    server = request.getfixturevalue("postgres_server")
-    url = server.create(template)
+    url = request.getfixturevalue("database_in_turn")
     yield url
-    server.drop(url)
+    server: Postgres = request.getfixturevalue("postgres_server")
+    # The name of the registry is in a new database too.
+    server.empty(url, [table.name for table in reversed(metadata.sorted_tables) if table is not identity])
 
 
 @pytest.fixture
@@ -188,7 +207,6 @@ async def start(settings: Settings, process: Process) -> AsyncIterator[Start]:
         for name, values in tables.items():
             tree[name] |= values
         changed = msgspec.convert(tree, Settings)
-        upgrade(changed.database.url)
         server = _Server(build(changed, process=process, store=store))
         server.keepalive_timeout = keepalive_timeout
         client = TestClient(server)
@@ -210,7 +228,6 @@ async def client(start: Start) -> Client:
 @pytest.fixture
 async def database(database_url: str) -> AsyncIterator[Database]:
     """An empty database, without a registry around it."""
-    upgrade(database_url)
     made = open_database(database_url)
     yield made
     await made.close()
