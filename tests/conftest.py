@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
+import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,12 +102,24 @@ def database_in_turn(postgres_server: Postgres, template: str) -> str:
 
 
 @pytest.fixture
-def database_url(backend: str, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[str]:
+def data_directory() -> Iterator[Path]:
+    """Where registries of this process have their data: in memory if there is room, as each makes hundreds of folders.
+
+    What a disk adds to that is tested with servers in processes of their own, and with stores alone.
+    """
+    memory = Path("/dev/shm")
+    is_roomy = memory.is_dir() and shutil.disk_usage(memory).free >= 1 << 30
+    with tempfile.TemporaryDirectory(prefix="hythe-data-", dir=memory if is_roomy else None) as directory:
+        yield Path(directory) / "data"
+
+
+@pytest.fixture
+def database_url(backend: str, data_directory: Path, request: pytest.FixtureRequest) -> Iterator[str]:
     """The address of an empty database of this version."""
     if backend == "local":
-        path = tmp_path / "data" / "hythe.db"
+        path = data_directory / "hythe.db"
         # As an upgrade makes it.
-        path.parent.mkdir(mode=0o750, exist_ok=True)
+        data_directory.mkdir(mode=0o750)
         shutil.copyfile(request.getfixturevalue("template_file"), path)
         yield f"sqlite:///{path}"
         return
@@ -118,10 +131,10 @@ def database_url(backend: str, tmp_path: Path, request: pytest.FixtureRequest) -
 
 
 @pytest.fixture
-def settings(backend: str, tmp_path: Path, database_url: str, request: pytest.FixtureRequest) -> Settings:
+def settings(backend: str, data_directory: Path, database_url: str, request: pytest.FixtureRequest) -> Settings:
     """The defaults, with the data of this test alone."""
     changes = {
-        "storage.filesystem.root": str(tmp_path / "data"),
+        "storage.filesystem.root": str(data_directory),
         "database.url": database_url,
         "log.access": "false",
     }
@@ -175,6 +188,7 @@ class _Runner(AppRunner):
 
 class _Server(TestServer):
     keepalive_timeout = 75.0
+    lingering_time = 10.0
 
     async def _make_runner(self, **kwargs: Any) -> BaseRunner:
         # aiohttp's test server cancels the handlers of cut connections; ours lets them keep what arrived.
@@ -185,6 +199,7 @@ class _Server(TestServer):
             shutdown_timeout=5,
             max_field_size=16384,
             keepalive_timeout=self.keepalive_timeout,
+            lingering_time=self.lingering_time,
             **kwargs,
         )
 
@@ -201,14 +216,17 @@ async def start(settings: Settings, process: Process) -> AsyncIterator[Start]:
     clients: list[Client] = []
 
     async def start_one(
-        store: Store | None = None, keepalive_timeout: float = 75.0, **tables: dict[str, object]
+        store: Store | None = None,
+        keepalive_timeout: float = 75.0,
+        lingering_time: float = 10.0,
+        **tables: dict[str, object],
     ) -> Client:
         tree = msgspec.to_builtins(settings)
         for name, values in tables.items():
             tree[name] |= values
         changed = msgspec.convert(tree, Settings)
         server = _Server(build(changed, process=process, store=store))
-        server.keepalive_timeout = keepalive_timeout
+        server.keepalive_timeout, server.lingering_time = keepalive_timeout, lingering_time
         client = TestClient(server)
         await client.start_server()
         clients.append(client)
