@@ -145,6 +145,13 @@ def settings(backend: str, data_directory: Path, database_url: str, request: pyt
     return load(None, {}, changes)
 
 
+@pytest.fixture
+def hasty_store(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let stores of this process ask a server that fails as often as ever, but without seconds between."""
+    monkeypatch.setattr("storage.bucket._PAUSE", 0.005)
+    monkeypatch.setattr("botocore.retries.standard.ExponentialBackoff.delay_amount", lambda *_: 0.01)
+
+
 @dataclass(frozen=True)
 class Bucket:
     """A bucket, and where it is."""

@@ -23,6 +23,8 @@ from tests.services.faults import FaultyProxy
 from tests.services.messages import Kind
 from tests.services.postgres import Postgres, postgres
 
+pytestmark = pytest.mark.usefixtures("hasty_store")
+
 MIB = 1 << 20
 APP = "/v2/org/team/app"
 SMALL, LARGE = 100_000, 14 * MIB
