@@ -54,7 +54,7 @@ needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root: it mounts
 
 @pytest.fixture(scope="session")
 def postgres_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Postgres]:
-    """A PostgreSQL for all tests, where each has a database of its own."""
+    """A PostgreSQL for all tests."""
     with postgres(tmp_path_factory.mktemp("postgres")) as server:
         yield server
 
@@ -97,7 +97,7 @@ def template_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def database_in_turn(postgres_server: Postgres, template: str) -> str:
-    """The address of a database that one test after another has, empty: making one for each takes minutes."""
+    """The address of a database that one test after another gets, empty: making one for each takes minutes."""
     return postgres_server.create(template)
 
 
