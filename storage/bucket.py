@@ -267,7 +267,7 @@ class Bucket:
     def _http(self) -> aiohttp.ClientSession:
         if self._session is None:
             # As boto3 takes them.
-            trust = ssl.create_default_context(cafile=self._ca_file or os.environ.get("AWS_CA_BUNDLE"))
+            trust = _trust(self._ca_file or os.environ.get("AWS_CA_BUNDLE"))
             self._session = aiohttp.ClientSession(
                 # No limit: slow clients that pull must not keep others from a connection.
                 connector=aiohttp.TCPConnector(limit=0, ssl=trust, keepalive_timeout=30),
@@ -333,6 +333,12 @@ class Bucket:
 def _session() -> boto3.Session:
     """Return what keeps the description of the service, which takes long to read."""
     return boto3.Session()
+
+
+@cache
+def _trust(ca_file: str | None) -> ssl.SSLContext:
+    """Return whose certificates are believed, which takes as long to read as several requests."""
+    return ssl.create_default_context(cafile=ca_file)
 
 
 async def _flow(

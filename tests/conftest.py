@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
+import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from registry.config import Settings, load
 from registry.connections import Connections
 from registry.metadata.engine import Database, open_database
 from registry.metadata.schema import upgrade
+from registry.metadata.tables import identity, metadata
 from registry.wire import accept
 from storage.base import Store
 from tests.content import Client
@@ -53,7 +55,7 @@ needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root: it mounts
 
 @pytest.fixture(scope="session")
 def postgres_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Postgres]:
-    """A PostgreSQL for all tests, where each has a database of its own."""
+    """A PostgreSQL for all tests."""
     with postgres(tmp_path_factory.mktemp("postgres")) as server:
         yield server
 
@@ -86,24 +88,54 @@ def backend(request: pytest.FixtureRequest) -> str:
     return str(getattr(request, "param", "local"))
 
 
+@pytest.fixture(scope="session")
+def template_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file with an empty database of this version, to be copied: that takes a hundredth of making one."""
+    path = tmp_path_factory.mktemp("template") / "hythe.db"
+    upgrade(f"sqlite:///{path}")
+    return path
+
+
+@pytest.fixture(scope="session")
+def database_in_turn(postgres_server: Postgres, template: str) -> str:
+    """The address of a database that one test after another gets, empty: making one for each takes minutes."""
+    return postgres_server.create(template)
+
+
 @pytest.fixture
-def database_url(backend: str, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[str]:
-    """The address of an empty database of this version, or of a file that is still to be made."""
+def data_directory() -> Iterator[Path]:
+    """Where registries of this process have their data: in memory if there is room, as each makes hundreds of folders.
+
+    What a disk adds to that is tested with servers in processes of their own, and with stores alone.
+    """
+    memory = Path("/dev/shm")
+    is_roomy = memory.is_dir() and shutil.disk_usage(memory).free >= 1 << 30
+    with tempfile.TemporaryDirectory(prefix="hythe-data-", dir=memory if is_roomy else None) as directory:
+        yield Path(directory) / "data"
+
+
+@pytest.fixture
+def database_url(backend: str, data_directory: Path, request: pytest.FixtureRequest) -> Iterator[str]:
+    """The address of an empty database of this version."""
     if backend == "local":
-        yield f"sqlite:///{tmp_path / 'data' / 'hythe.db'}"
+        path = data_directory / "hythe.db"
+        # As an upgrade makes it.
+        data_directory.mkdir(mode=0o750)
+        shutil.copyfile(request.getfixturevalue("template_file"), path)
+        yield f"sqlite:///{path}"
         return
-    template = request.getfixturevalue("template")
-    server = request.getfixturevalue("postgres_server")
-    url = server.create(template)
+    url = request.getfixturevalue("database_in_turn")
     yield url
-    server.drop(url)
+    server: Postgres = request.getfixturevalue("postgres_server")
+    # The name of the registry is in a new database too.
+    server.empty(url, [table.name for table in reversed(metadata.sorted_tables) if table is not identity])
 
 
 @pytest.fixture
-def settings(backend: str, tmp_path: Path, database_url: str, request: pytest.FixtureRequest) -> Settings:
+def settings(backend: str, data_directory: Path, database_url: str, request: pytest.FixtureRequest) -> Settings:
     """The defaults, with the data of this test alone."""
     changes = {
-        "storage.filesystem.root": str(tmp_path / "data"),
+        "storage.filesystem.root": str(data_directory),
         "database.url": database_url,
         "log.access": "false",
     }
@@ -112,6 +144,13 @@ def settings(backend: str, tmp_path: Path, database_url: str, request: pytest.Fi
         changes["storage.driver"] = "s3"
         changes |= {f"storage.s3.{key}": value for key, value in bucket.settings().items()}
     return load(None, {}, changes)
+
+
+@pytest.fixture
+def hasty_store(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let stores of this process ask a server that fails as often as ever, but without seconds between."""
+    monkeypatch.setattr("storage.bucket._PAUSE", 0.005)
+    monkeypatch.setattr("botocore.retries.standard.ExponentialBackoff.delay_amount", lambda *_: 0.01)
 
 
 @dataclass(frozen=True)
@@ -165,6 +204,7 @@ class _Runner(AppRunner):
 
 class _Server(TestServer):
     keepalive_timeout = 75.0
+    lingering_time = 10.0
 
     async def _make_runner(self, **kwargs: Any) -> BaseRunner:
         # aiohttp's test server cancels the handlers of cut connections; ours lets them keep what arrived.
@@ -176,6 +216,7 @@ class _Server(TestServer):
             max_field_size=16384,
             auto_decompress=False,
             keepalive_timeout=self.keepalive_timeout,
+            lingering_time=self.lingering_time,
             **kwargs,
         )
 
@@ -192,15 +233,17 @@ async def start(settings: Settings, process: Process) -> AsyncIterator[Start]:
     clients: list[Client] = []
 
     async def start_one(
-        store: Store | None = None, keepalive_timeout: float = 75.0, **tables: dict[str, object]
+        store: Store | None = None,
+        keepalive_timeout: float = 75.0,
+        lingering_time: float = 10.0,
+        **tables: dict[str, object],
     ) -> Client:
         tree = msgspec.to_builtins(settings)
         for name, values in tables.items():
             tree[name] |= values
         changed = msgspec.convert(tree, Settings)
-        upgrade(changed.database.url)
         server = _Server(build(changed, process=process, store=store))
-        server.keepalive_timeout = keepalive_timeout
+        server.keepalive_timeout, server.lingering_time = keepalive_timeout, lingering_time
         client = TestClient(server)
         await client.start_server()
         clients.append(client)
@@ -220,7 +263,6 @@ async def client(start: Start) -> Client:
 @pytest.fixture
 async def database(database_url: str) -> AsyncIterator[Database]:
     """An empty database, without a registry around it."""
-    upgrade(database_url)
     made = open_database(database_url)
     yield made
     await made.close()

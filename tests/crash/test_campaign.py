@@ -41,6 +41,9 @@ class Client:
             try:
                 with self.pushing:
                     self.push(image)
+            except ConnectionRefusedError:
+                # It is down: nothing of this image was ever sent.
+                time.sleep(0.01)
             except (OSError, http.client.HTTPException):
                 self.interrupted.append(image)
                 time.sleep(0.01)

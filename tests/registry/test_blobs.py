@@ -229,5 +229,5 @@ async def test_a_client_that_is_slow_gets_all_of_it(start: Start) -> None:
         while piece := await connection.some(1 << 20):
             received += piece
             # The whole takes several times as long as it may take nothing.
-            await asyncio.sleep(0.1)
+            await asyncio.sleep(0.05)
     assert received.endswith(content)

@@ -11,6 +11,7 @@ import msgspec
 import pytest
 import requests
 
+import registry.metadata.postgres
 from registry.config import Settings
 from registry.metadata import sessions
 from registry.metadata.schema import upgrade
@@ -22,6 +23,8 @@ from tests.registry.talk import Answer, ask, begin, in_pieces, stored, wire
 from tests.services.faults import FaultyProxy
 from tests.services.messages import Kind
 from tests.services.postgres import Postgres, postgres
+
+pytestmark = pytest.mark.usefixtures("hasty_store")
 
 MIB = 1 << 20
 APP = "/v2/org/team/app"
@@ -253,15 +256,19 @@ async def test_pushes_while_the_database_is_restarted_are_done_or_told_to_come_a
     assert query(url, f"SELECT id FROM upload_session WHERE claimed_at > {old} AND writer IS NULL") is not None
 
 
-async def test_a_database_that_is_away_is_said_to_be_so(own: Postgres, fragile: tuple[Client, str]) -> None:
+async def test_a_database_that_is_away_is_said_to_be_so(
+    own: Postgres, fragile: tuple[Client, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     client, _ = fragile
     image = await Pusher(client).image("latest")
     own.stop()
-    answers = await asyncio.gather(
-        ask(client, "GET", f"{APP}/manifests/latest"),
-        ask(client, "POST", f"{APP}/blobs/uploads/"),
-        ask(client, "GET", "/v2/_catalog"),
-    )
+    with monkeypatch.context() as hasty:
+        hasty.setattr(registry.metadata.postgres, "_PATIENCE", 1.0)
+        answers = await asyncio.gather(
+            ask(client, "GET", f"{APP}/manifests/latest"),
+            ask(client, "POST", f"{APP}/blobs/uploads/"),
+            ask(client, "GET", "/v2/_catalog"),
+        )
     for answer in answers:
         check_come_again(answer)
     own.start()

@@ -14,12 +14,12 @@ import pytest
 from sqlalchemy import Connection, text
 
 import migrations
+import registry.metadata.postgres
 from registry.errors import ConfigurationError, MetadataUnavailable
 from registry.metadata import blobs, manifests, repositories, sessions, tags
 from registry.metadata.blobs import StoredBlob
 from registry.metadata.engine import Database, open_database, parse_url
 from registry.metadata.manifests import PushedManifest
-from registry.metadata.postgres import _PATIENCE
 from registry.metadata.prepared import driver
 from registry.metadata.schema import upgrade
 from storage.base import Checkpoint
@@ -171,7 +171,9 @@ async def test_a_commit_whose_answer_is_lost_is_not_made_again(
     await database.write(repositories.ensure, NAME)
 
 
-async def test_a_database_that_is_away_is_waited_for_and_then_said_to_be(tmp_path: Path) -> None:
+async def test_a_database_that_is_away_is_waited_for_and_then_said_to_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with postgres(tmp_path) as server:
         url = server.create()
         upgrade(url)
@@ -183,6 +185,7 @@ async def test_a_database_that_is_away_is_waited_for_and_then_said_to_be(tmp_pat
         server.start()
         assert await waiting
         server.stop()
+        monkeypatch.setattr(registry.metadata.postgres, "_PATIENCE", 1.0)
         with pytest.raises(MetadataUnavailable):
             await database.write(repositories.ensure, NAME)
         server.start()
@@ -208,7 +211,7 @@ async def test_a_read_sees_one_moment_whatever_is_written_meanwhile(database: Da
 
 
 async def test_a_server_that_takes_no_writes_any_more_is_left_for_the_one_that_does(
-    database: Database, postgres_server: Postgres, url: str
+    database: Database, postgres_server: Postgres, url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     name = urlsplit(url).path[1:]
     await asyncio.gather(*(database.write(repositories.ensure, NAME) for _ in range(8)))
@@ -219,17 +222,21 @@ async def test_a_server_that_takes_no_writes_any_more_is_left_for_the_one_that_d
     assert await database.read(repositories.find, OTHER)
     postgres_server.execute(f'ALTER DATABASE "{name}" SET default_transaction_read_only = on')
     end_connections(postgres_server, url)
+    monkeypatch.setattr(registry.metadata.postgres, "_PATIENCE", 1.0)
     with pytest.raises(MetadataUnavailable, match="read-only"):
         await database.write(repositories.ensure, RepositoryName("a/third"))
 
 
-async def test_a_unit_that_waited_too_long_for_a_connection_is_not_begun(url: str) -> None:
+async def test_a_unit_that_waited_too_long_for_a_connection_is_not_begun(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registry.metadata.postgres, "_PATIENCE", 1.0)
     database = open_database(url, connections=1)
     may_go_on = Event()
     blocking = asyncio.create_task(database.read(lambda _: may_go_on.wait(30)))
     await asyncio.sleep(0.1)
     waiting = asyncio.create_task(database.write(repositories.ensure, NAME))
-    await asyncio.sleep(_PATIENCE + 0.2)
+    await asyncio.sleep(1.2)
     may_go_on.set()
     await blocking
     with pytest.raises(MetadataUnavailable, match="busy"):

@@ -10,7 +10,7 @@ import shutil
 import signal
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
@@ -36,6 +36,12 @@ _ACCESS = ("--username=postgres", "--auth-local=reject", "--auth-host=scram-sha-
 _SETTINGS = {"listen_addresses": "127.0.0.1", "unix_socket_directories": "", "max_connections": "200"}
 #: For a machine that does not lose its power. What is committed still outlives the server, as the kernel has it.
 _CARELESS = {"fsync": "off", "full_page_writes": "off"}
+
+#: How many others use a database; they are told to go.
+_END_OTHERS = """
+SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity
+WHERE datname = current_database() AND pid <> pg_backend_pid() AND backend_type = 'client backend'
+"""
 
 
 @dataclass
@@ -77,6 +83,13 @@ class Postgres(Program):
     def drop(self, url: str) -> None:
         """Remove a database, whoever uses it."""
         self.execute(f'DROP DATABASE "{urlsplit(url).path[1:]}" WITH (FORCE)')
+
+    def empty(self, url: str, tables: Sequence[str]) -> None:
+        """Delete all rows of `tables`, in this order, whoever uses the database: they lose their connections."""
+        with self._connect(urlsplit(url).path[1:]) as connection:
+            # Until they are gone they might still write.
+            wait_until(lambda: connection.execute(_END_OTHERS).fetchone() == (0,), "the end of who uses it")
+            connection.execute(";".join(f'DELETE FROM "{table}"' for table in tables))
 
     def execute(self, sql: str, database: str = "postgres") -> list[tuple[Any, ...]]:
         """Run a statement as the superuser, outside a transaction; return its rows."""

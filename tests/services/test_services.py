@@ -72,6 +72,24 @@ def test_a_database_is_made_copied_and_dropped(database_server: Postgres) -> Non
 
 
 @needs_postgres
+def test_a_database_is_emptied_of_what_others_wrote_and_were_about_to_write(database_server: Postgres) -> None:
+    url = database_server.create()
+    with psycopg.connect(url) as first:
+        first.execute("CREATE TABLE image (id int PRIMARY KEY)")
+        first.execute("CREATE TABLE tag (image int REFERENCES image)")
+        first.execute("INSERT INTO image VALUES (1)")
+    with psycopg.connect(url) as other:
+        other.execute("INSERT INTO tag VALUES (1)")
+        database_server.empty(url, ["tag", "image"])
+        with pytest.raises(psycopg.OperationalError):
+            other.execute("SELECT 1")
+    with psycopg.connect(url) as connection:
+        assert connection.execute("SELECT FROM image").fetchall() == []
+        assert connection.execute("SELECT FROM tag").fetchall() == []
+    database_server.drop(url)
+
+
+@needs_postgres
 def test_a_database_outlives_a_restart_and_a_crash(database_server: Postgres) -> None:
     url = database_server.create()
     with psycopg.connect(url) as connection:

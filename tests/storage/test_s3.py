@@ -29,6 +29,8 @@ from tests.services.processes import Program, free_port, is_open, run, wait_unti
 from tests.services.s3 import needs_ceph, needs_juicefs
 from tests.storage.conftest import begun, keys, read, resumed, uploads
 
+pytestmark = pytest.mark.usefixtures("hasty_store")
+
 MIB = 1 << 20
 LEAST = 5 * MIB
 SMALL = secrets.token_bytes(3000)
