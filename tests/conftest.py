@@ -23,7 +23,7 @@ from registry.config import Settings, load
 from registry.connections import Connections
 from registry.metadata.engine import Database, open_database
 from registry.metadata.schema import upgrade
-from registry.metadata.tables import identity, metadata
+from registry.metadata.tables import identity, metadata, policy
 from registry.wire import accept
 from storage.base import Store
 from tests.content import Client
@@ -127,8 +127,9 @@ def database_url(backend: str, data_directory: Path, request: pytest.FixtureRequ
     url = request.getfixturevalue("database_in_turn")
     yield url
     server: Postgres = request.getfixturevalue("postgres_server")
-    # The name of the registry is in a new database too.
-    server.empty(url, [table.name for table in reversed(metadata.sorted_tables) if table is not identity])
+    # The name of the registry is in a new database too, and the version of the policy.
+    seeded = (identity, policy)
+    server.empty(url, [table.name for table in reversed(metadata.sorted_tables) if table not in seeded])
 
 
 @pytest.fixture
