@@ -34,7 +34,10 @@ SEAMS: dict[str, tuple[list[str], str]] = {
             *("registry/calls.py", "registry/responses.py", "registry/locations.py", "registry/transfer.py"),
             *("registry/blobs.py", "registry/uploads.py", "registry/manifests.py", "registry/referrers.py"),
             *("registry/listings.py", "registry/browse.py", "registry/health.py", "registry/wire.py"),
-            *("registry/answers.py", "registry/record.py"),
+            *("registry/answers.py", "registry/record.py", "registry/gate.py", "registry/tokens.py"),
+            *("registry/clients.py", "registry/audit.py"),
+            # Where the keys of other issuers are fetched.
+            "registry/issuers.py",
             # What aiohttp itself reports of broken clients is told from what it reports of us.
             "registry/logs.py",
             # The bytes of an object store; its control is boto3's.
@@ -59,6 +62,10 @@ SEAMS: dict[str, tuple[list[str], str]] = {
     "aiofiles": (["storage/filesystem.py"], "files"),
     "boto3": (["storage/bucket.py"], "the bucket of an object store"),
     "botocore": (["storage/bucket.py"], "the bucket of an object store"),
+    "jwt": (["registry/signing.py", "registry/issuers.py"], "signed tokens: ours, and those of others"),
+    "cryptography": (["registry/signing.py"], "the keys that tokens are signed by"),
+    "argon2": (["registry/passwords.py"], "passwords"),
+    "bcrypt": (["registry/passwords.py"], "passwords of htpasswd files"),
     "psycopg": (["registry/metadata/postgres.py"], "PostgreSQL"),
     "requests": ([], "tests only"),
     "pytest": ([], "tests only"),

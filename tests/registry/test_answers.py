@@ -320,9 +320,8 @@ class _Transport(asyncio.Transport):
 
 async def test_a_client_that_takes_nothing_is_given_no_more() -> None:
     answers = Answers(Cache(1 << 20, WriteCounter()), Recorder(Metrics(), None))
-    answer = registry.answers.Answer(
-        b"HTTP/1.1 200 OK\r\n", b"", "GET", "/", "manifest", 200, 0, "", "", "", "", "", math.inf
-    )
+    start = b"HTTP/1.1 200 OK\r\n"
+    answer = registry.answers.Answer(start, b"", "GET", "/", "manifest", 200, 0, "", "", "", "", "", math.inf)
     answers._cache.put(head(), answer, 0, 1)
     inner, transport = _Inner(), _Transport()
     connection = Connection(inner, answers, Connections(10, 20))

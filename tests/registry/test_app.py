@@ -45,11 +45,5 @@ async def test_what_fails_beside_requests_is_tried_again_and_the_end_ends_everyt
         pytest.fail("it was not tried again")
     assert threads("sql-writer")
     await client.close()
-    assert (
-        not threads("sql-")
-        + threads("disk")
-        + threads("open")
-        + threads("receive")
-        + threads("log-lines")
-        + threads("passwords")
-    )
+    kinds = ("sql-", "disk", "open", "receive", "log-lines", "passwords")
+    assert not [thread for kind in kinds for thread in threads(kind)]
