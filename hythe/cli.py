@@ -5,51 +5,17 @@ Exit codes: 0 done, 1 it could not be done (the reason is on standard error), 2 
 
 from __future__ import annotations
 
-import json
 import os
 import sys
-from collections.abc import Callable
-from functools import wraps
 from pathlib import Path
-from typing import Any, Final, ParamSpec, TypeVar
+from typing import Final
 
 import click
 
-P = ParamSpec("P")
-T = TypeVar("T")
+from hythe import people
+from hythe.options import config_option, json_option, says_why, server_option, show
 
-_config_option = click.option(
-    "--config",
-    "config_path",
-    type=click.Path(dir_okay=False, path_type=Path),
-    help="Configuration file (TOML); config.example.toml names every key.",
-)
-_server_option = click.option(
-    "--server",
-    default="http://127.0.0.1:5000",
-    show_default=True,
-    envvar="HYTHE_SERVER",
-    help="Address of the registry.",
-)
-_DRIVERS: Final = click.Choice(["filesystem", "s3"])
-_json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-
-
-def _says_why(command: Callable[P, T]) -> Callable[P, T]:
-    """Turn an error that a person can mend into its message and exit code 1."""
-
-    @wraps(command)
-    def wrapped(*args: P.args, **kwargs: P.kwargs) -> T:
-        from hythe.client import ServerError
-        from registry.errors import ConfigurationError
-
-        try:
-            return command(*args, **kwargs)
-        except (ConfigurationError, ServerError) as error:
-            click.echo(f"hythe: {error}", err=True)
-            sys.exit(1)
-
-    return wrapped
+DRIVERS: Final = click.Choice(["filesystem", "s3"])
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -59,11 +25,11 @@ def main() -> None:
 
 
 @main.command()
-@_config_option
+@config_option
 @click.option("--listen", metavar="HOST:PORT", help="Address to listen on.  [default: 127.0.0.1:5000]")
 @click.option("--data", metavar="DIR", help="Directory for blobs and database.  [default: ./data]")
 @click.option("--workers", metavar="N", help="Processes that serve.  [default: 1]")
-@_says_why
+@says_why
 def serve(config_path: Path | None, listen: str | None, data: str | None, workers: str | None) -> None:
     """Serve a registry, until SIGTERM: then requests in flight finish and it exits with 0."""
     from registry.config import load
@@ -93,8 +59,8 @@ def config() -> None:
 
 
 @config.command()
-@_config_option
-@_says_why
+@config_option
+@says_why
 def check(config_path: Path | None) -> None:
     """Say whether the configuration can be used: file, environment and defaults together."""
     from registry.config import load
@@ -106,91 +72,91 @@ def check(config_path: Path | None) -> None:
 @main.command()
 @click.argument("path", default="")
 @click.option("-r", "--recursive", is_flag=True, help="The whole tree below PATH.")
-@_server_option
-@_json_option
-@_says_why
+@server_option
+@json_option
+@says_why
 def ls(path: str, *, recursive: bool, server: str, as_json: bool) -> None:
     """List what lies below PATH in the tree of repositories."""
     from hythe.browse import list_repositories
 
-    _print(list_repositories(server, path, recursive=recursive), as_json)
+    show(list_repositories(server, path, recursive=recursive), as_json)
 
 
 @main.command()
 @click.argument("repository")
-@_server_option
-@_json_option
-@_says_why
+@server_option
+@json_option
+@says_why
 def tags(repository: str, server: str, *, as_json: bool) -> None:
     """List the tags of REPOSITORY: digest, size, platforms, when."""
     from hythe.browse import list_tags
 
-    _print(list_tags(server, repository), as_json)
+    show(list_tags(server, repository), as_json)
 
 
 @main.command()
 @click.argument("reference", metavar="REF")
-@_server_option
-@_json_option
-@_says_why
+@server_option
+@json_option
+@says_why
 def inspect(reference: str, server: str, *, as_json: bool) -> None:
     """Show what REF (REPOSITORY[:TAG] or REPOSITORY@DIGEST) is made of."""
     from hythe.browse import inspect_manifest
 
-    _print(inspect_manifest(server, reference), as_json)
+    show(inspect_manifest(server, reference), as_json)
 
 
 @main.command()
 @click.argument("reference", metavar="REF")
-@_server_option
-@_json_option
-@_says_why
+@server_option
+@json_option
+@says_why
 def rm(reference: str, server: str, *, as_json: bool) -> None:
     """Remove REF: REPOSITORY:TAG removes the tag, REPOSITORY@DIGEST the manifest and all its tags."""
     from hythe.browse import remove_manifest
 
-    _print(remove_manifest(server, reference), as_json)
+    show(remove_manifest(server, reference), as_json)
 
 
 @main.command()
-@_config_option
-@_json_option
-@_says_why
+@config_option
+@json_option
+@says_why
 def migrate(config_path: Path | None, *, as_json: bool) -> None:
     """Bring the database up to date, as `serve` does when it starts; for when that is to happen before."""
     from hythe.move import migrate as run
     from registry.config import load
 
-    _print(run(load(config_path, os.environ)), as_json)
+    show(run(load(config_path, os.environ)), as_json)
 
 
 @main.command("copy-store")
-@_config_option
-@click.option("--from", "source", type=_DRIVERS, required=True, help="Where the blobs are.")
-@click.option("--to", "target", type=_DRIVERS, required=True, help="Where they shall be too.")
-@_json_option
-@_says_why
+@config_option
+@click.option("--from", "source", type=DRIVERS, required=True, help="Where the blobs are.")
+@click.option("--to", "target", type=DRIVERS, required=True, help="Where they shall be too.")
+@json_option
+@says_why
 def copy_store(config_path: Path | None, source: str, target: str, *, as_json: bool) -> None:
     """Copy all blobs from one store of the configuration to another, while the registry serves; run again to go on."""
     from hythe.move import copy_blobs
     from registry.config import load
 
-    _print(copy_blobs(load(config_path, os.environ), source, target), as_json)
+    show(copy_blobs(load(config_path, os.environ), source, target), as_json)
 
 
 @main.command("copy-database")
-@_config_option
+@config_option
 @click.option("--from", "source", metavar="URL", required=True, help="The database of a registry that is stopped.")
 @click.option("--to", "target", metavar="URL", help="A new one.  [default: database.url of the configuration]")
-@_json_option
-@_says_why
+@json_option
+@says_why
 def copy_database(config_path: Path | None, source: str, target: str | None, *, as_json: bool) -> None:
     """Copy all that one database knows into another one, such as from SQLite to PostgreSQL."""
     from hythe.move import copy_facts
     from registry.config import load
 
-    _print(copy_facts(source, target or load(config_path, os.environ).database.url), as_json)
+    show(copy_facts(source, target or load(config_path, os.environ).database.url), as_json)
 
 
-def _print(result: Any, as_json: bool) -> None:
-    click.echo(json.dumps(result.data, indent=2) if as_json else result.text, nl=bool(as_json or result.text))
+for command in people.COMMANDS:
+    main.add_command(command)

@@ -56,7 +56,7 @@ SEAMS: dict[str, tuple[list[str], str]] = {
         "a hash that can be saved, and a hint to the kernel; runner seams come later",
     ),
     "hashlib": (["storage/digest.py"], "digests are made in one place"),
-    "click": (["hythe/cli.py", "hythe/move.py"], "the command line"),
+    "click": (["hythe/cli.py", "hythe/options.py", "hythe/people.py", "hythe/move.py"], "the command line"),
     "uvloop": (["registry/server.py"], "optional: chosen where the loop is made"),
     "prometheus_client": (["registry/metrics.py", "registry/health.py"], "numbers"),
     "aiofiles": (["storage/filesystem.py"], "files"),
