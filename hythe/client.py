@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import http.client
 import json
+import os
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -31,7 +33,7 @@ def ask(server: str, method: str, endpoint: str, /, **parameters: str) -> Any:
     """
     query = urlencode({name: value for name, value in parameters.items() if value})
     url = f"{_base(server)}/api/v1/{endpoint}" + (f"?{query}" if query else "")
-    request = urllib.request.Request(url, method=method)  # noqa: S310 - the scheme was checked
+    request = urllib.request.Request(url, method=method, headers=_credentials())  # noqa: S310 - the scheme was checked
     try:
         with urllib.request.urlopen(request, timeout=_PATIENCE) as response:  # noqa: S310
             return json.load(response)
@@ -59,6 +61,14 @@ def pages(server: str, endpoint: str, field: str, /, **parameters: str) -> Itera
 def printable(text: str) -> str:
     """Return text that came from elsewhere such that it cannot end a line or steer a terminal."""
     return text if text.isprintable() else text.encode("unicode_escape").decode()
+
+
+def _credentials() -> dict[str, str]:
+    """Return who asks: HYTHE_USER, with a password or a token in HYTHE_PASSWORD. Others see command lines."""
+    user, password = os.environ.get("HYTHE_USER", ""), os.environ.get("HYTHE_PASSWORD", "")
+    if not user:
+        return {}
+    return {"Authorization": f"Basic {base64.b64encode(f'{user}:{password}'.encode()).decode()}"}
 
 
 def _base(server: str) -> str:

@@ -18,6 +18,9 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Final
 
+from storage.errors import InvalidName
+from storage.names import parse_repository
+
 #: The node above all others.
 ROOT: Final = ""
 
@@ -177,11 +180,19 @@ class Identity:
                 continue
             if resource["kind"] == "registry" and resource["name"] == "catalog":
                 catalog = True
-            elif resource["kind"] == "repository":
-                name = resource["name"]
+            elif resource["kind"] == "repository" and is_repository(name := resource["name"]):
                 found = frozenset(right for right in _actions(resource["actions"]) if self.holds(name, right))
                 repositories[name] = repositories.get(name, _NO_RIGHTS) | found
         return Scope({name: rights for name, rights in repositories.items() if rights}, catalog)
+
+
+def is_repository(text: str) -> bool:
+    """Return whether `text` can be the name of a repository."""
+    try:
+        parse_repository(text)
+    except InvalidName:
+        return False
+    return True
 
 
 def _actions(text: str) -> list[Right]:

@@ -17,7 +17,7 @@ from registry import locations
 from registry.access import Right
 from registry.audit import Auditor
 from registry.calls import Call
-from registry.errors import ChunkOutOfOrder, DigestInvalid, MetadataError, RegistryError, SizeInvalid
+from registry.errors import BlobUploadUnknown, ChunkOutOfOrder, DigestInvalid, MetadataError, RegistryError, SizeInvalid
 from registry.gate import Gate, resource
 from registry.metadata import blobs
 from registry.metadata.audit import Event
@@ -101,11 +101,13 @@ class Uploads:
 
     async def _check_opener(self, call: Call) -> None:
         """Let a token whose time is over go on with what its account began; nothing else."""
-        if call.identity.is_ended and not (
-            call.identity.account
-            and await self._sessions.opener(call.repository, call.upload()) == call.identity.account
-        ):
-            self._gate.demand_valid(call.request, call.identity)
+        if not call.identity.is_ended:
+            return
+        with suppress(BlobUploadUnknown):
+            opener = await self._sessions.opener(call.repository, call.upload())
+            if opener and opener == call.identity.account:
+                return
+        self._gate.demand_valid(call.request, call.identity)
 
     async def _finish(self, call: Call, session_id: str, digest: Digest) -> web.StreamResponse:
         event = self._event(call, digest)
