@@ -295,7 +295,8 @@ def _check(settings: Settings) -> None:
         raise ConfigurationError(
             f"server.listen: {host} can be reached from other machines without encryption, and passwords with it: "
             "set tls.certificate and tls.key, or put a reverse proxy with TLS before it and set "
-            "server.behind_proxy = true"
+            "server.behind_proxy = true; without accounts, set server.allow_open = true too, if everybody who reaches "
+            "it may push and delete"
         )
 
 
