@@ -226,7 +226,7 @@ def test_an_address_that_only_this_machine_reaches_needs_no_word(host: str) -> N
 def test_an_address_that_others_reach_needs_encryption_and_accounts_or_two_words(host: str) -> None:
     address = {"server.listen": f"{host}:5000"}
     for words in ({}, {"server.allow_open": "true"}):
-        with pytest.raises(ConfigurationError, match="tls.certificate"):
+        with pytest.raises(ConfigurationError, match=r"tls\.certificate"):
             load(None, {}, address | words)
     for words in ({"server.behind_proxy": "true"}, {"tls.certificate": "crt", "tls.key": "key"}):
         settings = load(None, {}, address | words)
