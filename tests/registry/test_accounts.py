@@ -226,8 +226,8 @@ async def spoilt(registry: Registry, kind: str) -> dict[str, str]:
         personal = await registry.personal("alice")
         headers = await registry.bearer("alice", personal)
         assert (await ask(registry.client, "GET", "/v2/", headers=headers)).status == 200
-        ((_, token),) = await registry.database.read(access_tokens.of, "alice")
-        await registry.database.write(access_tokens.revoke, token.id)
+        ((_, kept),) = await registry.database.read(access_tokens.of, "alice")
+        await registry.database.write(access_tokens.revoke, kept.id)
         return headers
     headers = await registry.bearer("alice")
     assert (await ask(registry.client, "GET", "/v2/", headers=headers)).status == 200
