@@ -27,6 +27,7 @@ from registry.metadata.engine import Unit
 from registry.metadata.schema import upgrade
 from registry.metadata.tables import now
 from registry.passwords import hash_password
+from registry.responses import rfc3339
 from storage.errors import InvalidName
 from storage.names import parse_repository
 
@@ -124,7 +125,7 @@ def create_token(settings: Settings, owner: str, name: str, scope: Sequence[str]
         reach,
         ends_at,
     )
-    data = {"id": token_id, "owner": owner, "name": name, "token": token, "ends_at": _time(ends_at) or None}
+    data = {"id": token_id, "owner": owner, "name": name, "token": token, "ends_at": rfc3339(ends_at)}
     return Result(data, token)
 
 
@@ -137,8 +138,8 @@ def list_tokens(settings: Settings, owner: str | None) -> Result:
             "owner": name,
             "name": token.name,
             "scope": [f"{right}:{node or '/'}" for node, right in json.loads(token.scope)],
-            "ends_at": _time(token.ends_at) or None,
-            "used_at": _time(token.used_at) or None,
+            "ends_at": rfc3339(token.ends_at),
+            "used_at": rfc3339(token.used_at),
         }
         for name, token in found
     ]
@@ -291,6 +292,4 @@ def _since(text: str) -> int:
 
 
 def _time(microseconds: int | None) -> str:
-    if microseconds is None:
-        return ""
-    return datetime.fromtimestamp(microseconds // _SECOND, UTC).isoformat().replace("+00:00", "Z")
+    return rfc3339(microseconds) or ""

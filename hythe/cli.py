@@ -13,9 +13,9 @@ from typing import Final
 import click
 
 from hythe import people
-from hythe.options import config_option, json_option, says_why, server_option, show
+from hythe.options import config_option, json_option, overrides_of, says_why, server_option, show
 
-DRIVERS: Final = click.Choice(["filesystem", "s3"])
+_DRIVERS: Final = click.Choice(["filesystem", "s3"])
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -35,14 +35,11 @@ def serve(config_path: Path | None, listen: str | None, data: str | None, worker
     from registry.config import load
     from registry.server import serve as serve_registry
 
-    overrides = {}
+    overrides = overrides_of(data)
     if listen:
         overrides["server.listen"] = listen
     if workers:
         overrides["server.workers"] = workers
-    if data:
-        overrides["storage.filesystem.root"] = data
-        overrides["database.url"] = f"sqlite:///{Path(data) / 'hythe.db'}"
     settings = load(config_path, os.environ, overrides)
     sys.exit(serve_registry(settings, _announce))
 
@@ -132,8 +129,8 @@ def migrate(config_path: Path | None, *, as_json: bool) -> None:
 
 @main.command("copy-store")
 @config_option
-@click.option("--from", "source", type=DRIVERS, required=True, help="Where the blobs are.")
-@click.option("--to", "target", type=DRIVERS, required=True, help="Where they shall be too.")
+@click.option("--from", "source", type=_DRIVERS, required=True, help="Where the blobs are.")
+@click.option("--to", "target", type=_DRIVERS, required=True, help="Where they shall be too.")
 @json_option
 @says_why
 def copy_store(config_path: Path | None, source: str, target: str, *, as_json: bool) -> None:

@@ -6,12 +6,14 @@ import sys
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from hythe.browse import Result
 from hythe.options import config_option, data_option, json_option, says_why, settings_of, show
+
+if TYPE_CHECKING:
+    from hythe.browse import Result
 
 _RIGHTS: Final = click.Choice(["pull", "push", "delete", "admin"])
 

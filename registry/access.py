@@ -180,13 +180,13 @@ class Identity:
                 continue
             if resource["kind"] == "registry" and resource["name"] == "catalog":
                 catalog = True
-            elif resource["kind"] == "repository" and is_repository(name := resource["name"]):
+            elif resource["kind"] == "repository" and _is_repository(name := resource["name"]):
                 found = frozenset(right for right in _actions(resource["actions"]) if self.holds(name, right))
                 repositories[name] = repositories.get(name, _NO_RIGHTS) | found
         return Scope({name: rights for name, rights in repositories.items() if rights}, catalog)
 
 
-def is_repository(text: str) -> bool:
+def _is_repository(text: str) -> bool:
     """Return whether `text` can be the name of a repository."""
     try:
         parse_repository(text)

@@ -6,7 +6,6 @@ Names travel in the query, not in the path: a proxy may rewrite an encoded slash
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from datetime import UTC, datetime
 from importlib import resources
 from typing import Any, Final
 
@@ -23,7 +22,7 @@ from registry.metadata import repositories, tags
 from registry.metadata.engine import Database
 from registry.metadata.repositories import Node
 from registry.metadata.tags import TagDetail
-from registry.responses import json_response
+from registry.responses import json_response, rfc3339
 from storage.digest import Digest
 from storage.errors import InvalidName
 from storage.names import Reference, RepositoryName, parse_reference, parse_repository
@@ -157,12 +156,6 @@ def _next(entries: list[Node] | list[TagDetail], limit: int) -> str | None:
     return entries[limit - 1].name if len(entries) > limit else None
 
 
-def _time(microseconds: int | None) -> str | None:
-    if microseconds is None:
-        return None
-    return datetime.fromtimestamp(microseconds / 1e6, UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
-
-
 def _node(node: Node) -> dict[str, Any]:
     return {
         "name": node.name,
@@ -170,7 +163,7 @@ def _node(node: Node) -> dict[str, Any]:
         "has_children": node.has_children,
         "tags": node.tags,
         "manifests": node.manifests,
-        "updated_at": _time(node.updated_at),
+        "updated_at": rfc3339(node.updated_at),
     }
 
 
@@ -181,7 +174,7 @@ def _tag(detail: TagDetail) -> dict[str, Any]:
         "media_type": detail.media_type,
         "image_size": detail.image_size,
         "platforms": msgspec.json.decode(detail.platforms),
-        "updated_at": _time(detail.updated_at),
+        "updated_at": rfc3339(detail.updated_at),
         "updated_by": detail.updated_by,
     }
 

@@ -28,7 +28,7 @@ from registry.listeners import BACKLOG, address_of, bind
 from registry.lock import Trace, check_local, serving
 from registry.logs import configure
 from registry.metadata import identity, leftovers, sessions
-from registry.metadata.engine import is_shared
+from registry.metadata.engine import Database, is_shared
 from registry.metadata.schema import upgrade
 from registry.metadata.sqlite import sqlite_path
 from registry.sweeper import Doubt
@@ -136,21 +136,25 @@ async def _take_over(settings: Settings) -> bool:
     database = open_facts(settings, Affinity(enabled=False))
     store = open_store(settings, Affinity(enabled=False))
     try:
-        await _check_owner(store, await database.read(identity.find))
-        if not is_shared(settings.database.url):
-            await database.note(sessions.release_all)
+        await _release(settings, database, store)
+        return await make_accounts(database, settings.accounts)
     except StorageError as error:
         raise ConfigurationError(f"storage.{settings.storage.driver}: {error}") from None
-    except MetadataError as error:
-        # On a full disk pulls are worth more: claims end by themselves after a while.
-        log.warning("claims of the last run are not released", error=str(error))
-    try:
-        return await make_accounts(database, settings.accounts)
     except MetadataError as error:
         raise ConfigurationError(f"accounts: {error}") from None
     finally:
         await store.close()
         await database.close()
+
+
+async def _release(settings: Settings, database: Database, store: Store) -> None:
+    try:
+        await _check_owner(store, await database.read(identity.find))
+        if not is_shared(settings.database.url):
+            await database.note(sessions.release_all)
+    except MetadataError as error:
+        # On a full disk pulls are worth more: claims end by themselves after a while.
+        log.warning("claims of the last run are not released", error=str(error))
 
 
 async def _check_owner(store: Store, name: str) -> None:

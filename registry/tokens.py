@@ -12,8 +12,6 @@ request, so it gives nothing that was taken away meanwhile.
 
 from __future__ import annotations
 
-import time
-from datetime import UTC, datetime
 from typing import Final
 from urllib.parse import parse_qsl
 
@@ -31,7 +29,7 @@ from registry.metadata import access_tokens
 from registry.metadata.audit import audited
 from registry.metadata.engine import Database
 from registry.metadata.tables import now
-from registry.responses import json_response
+from registry.responses import json_response, rfc3339
 from registry.signing import Signer
 from registry.transfer import Receiver, read_limited
 
@@ -108,7 +106,7 @@ class Tokens:
             "token": token,
             "access_token": token,
             "expires_in": self._settings.token_seconds,
-            "issued_at": datetime.fromtimestamp(int(time.time()), UTC).isoformat().replace("+00:00", "Z"),
+            "issued_at": rfc3339(now()),
         }
         answer |= {"refresh_token": refresh} if refresh else {}
         return json_response(answer, headers={hdrs.CACHE_CONTROL: "no-store"})

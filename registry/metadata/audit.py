@@ -8,6 +8,7 @@ from typing import Any, Concatenate, Final, ParamSpec, TypeVar
 
 from sqlalchemy import Connection, bindparam, delete, insert, select
 
+from registry.metadata import repositories
 from registry.metadata.prepared import Prepared
 from registry.metadata.tables import audit_event, now
 
@@ -94,7 +95,7 @@ def find(
         query = query.where(audit_event.c.actor == user)
     if repository is not None:
         name = audit_event.c.repository
-        query = query.where((name == repository) | ((name > f"{repository}/") & (name < f"{repository}0")))
+        query = query.where((name == repository) | repositories.beneath(name, repository))
     if before is not None:
         query = query.where(audit_event.c.id < before)
     rows = connection.execute(query.order_by(audit_event.c.id.desc()).limit(limit))

@@ -58,8 +58,13 @@ def _make(connection: Connection, name: str, *, has_content: bool) -> int:
 
 
 def below(path: str) -> ColumnElement[bool]:
-    """Return the condition for `path` itself and all under it: `/` sorts right before `0`."""
-    return (repository.c.name == path) | and_(repository.c.name > f"{path}/", repository.c.name < f"{path}0")
+    """Return the condition for `path` itself and all under it."""
+    return (repository.c.name == path) | beneath(repository.c.name, path)
+
+
+def beneath(name: ColumnElement[str], path: str) -> ColumnElement[bool]:
+    """Return the condition for a column of names to lie under `path`: `/` sorts right before `0`."""
+    return and_(name > f"{path}/", name < f"{path}0")
 
 
 def names(connection: Connection, nodes: Iterable[str], last: str, limit: int) -> list[str]:
@@ -78,14 +83,14 @@ def names(connection: Connection, nodes: Iterable[str], last: str, limit: int) -
 def _spans(nodes: Iterable[str]) -> list[ColumnElement[bool]]:
     """Return conditions for the names at or below nodes, so that what one finds comes before what the next one does.
 
-    A node and what lies below it need not stand together: `a` < `a-b` < `a/c`. `/` sorts right before `0`.
+    A node and what lies below it need not stand together: `a` < `a-b` < `a/c`.
     """
     spans: dict[str, ColumnElement[bool]] = {}
     for node in nodes:
         if not node:
             return [true()]
         spans[node] = repository.c.name == node
-        spans[f"{node}/"] = and_(repository.c.name > f"{node}/", repository.c.name < f"{node}0")
+        spans[f"{node}/"] = beneath(repository.c.name, node)
     return [spans[start] for start in sorted(spans)]
 
 

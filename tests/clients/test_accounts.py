@@ -66,7 +66,6 @@ def team(scratch: Path) -> Iterator[Team]:
     made.hythe("team", "join", "dev", "bob")
     made.hythe("grant", "push", "work", "team:dev")
     made.hythe("grant", "pull", "public", "everybody")
-    # Every address of this machine, as for a team; nobody but we is told of it.
     command = [sys.executable, "-m", "hythe", "serve", "--listen", f"127.0.0.1:{made.port}"]
     environment = {
         "HYTHE_TLS__CERTIFICATE": str(scratch / "tls.crt"),
