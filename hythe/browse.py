@@ -54,7 +54,7 @@ def list_tags(server: str, repository: str) -> Result:
             tag["name"],
             _short(tag["digest"]),
             human_size(tag["image_size"]),
-            printable(", ".join(tag["platforms"])) or "-",
+            ", ".join(tag["platforms"]) or "-",
             tag["updated_at"],
         )
         for tag in found
@@ -81,7 +81,7 @@ def inspect_manifest(server: str, reference: str) -> Result:
             entry["relation"],
             entry["digest"],
             human_size(entry["size"]),
-            printable(entry["platform"] or entry["media_type"]),
+            entry["platform"] or entry["media_type"],
         )
         for entry in found["content"]
     ]
@@ -144,7 +144,8 @@ def human_size(size: int) -> str:
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Lay out columns of text; only the head where there are no rows."""
+    """Lay out columns of text, each cell as `printable` has it; only the head where there are no rows."""
+    rows = [[printable(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
     lines = [
         "   ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in [head, *rows]

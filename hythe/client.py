@@ -8,7 +8,7 @@ import json
 import os
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Final
 from urllib.parse import urlencode, urlsplit
 
@@ -19,19 +19,19 @@ class ServerError(Exception):
     """The registry said no, or nothing; the message is for a person."""
 
 
-def ask(server: str, method: str, endpoint: str, /, **parameters: str) -> Any:
+def ask(server: str, method: str, endpoint: str, /, **parameters: str | Sequence[str]) -> Any:
     """Return the JSON answer to a request.
 
     Args:
         server: `http://HOST:PORT`, the scheme may be left out.
         method: of HTTP.
         endpoint: below `/api/v1/`.
-        parameters: for the query; empty ones are left out.
+        parameters: for the query, once for each of several; empty ones are left out.
 
     Raises:
         ServerError: no answer, or an error.
     """
-    query = urlencode({name: value for name, value in parameters.items() if value})
+    query = urlencode({name: value for name, value in parameters.items() if value}, doseq=True)
     url = f"{_base(server)}/api/v1/{endpoint}" + (f"?{query}" if query else "")
     request = urllib.request.Request(url, method=method, headers=_credentials())  # noqa: S310 - the scheme was checked
     try:

@@ -39,6 +39,7 @@ from registry.middleware import Observer
 from registry.passwords import Passwords
 from registry.record import Recorder
 from registry.referrers import Referrers
+from registry.rights import Rights
 from registry.routes import Endpoint
 from registry.sessions import Sessions
 from registry.signing import Signer
@@ -146,6 +147,7 @@ def build(settings: Settings, *, process: Process | None = None, store: Store | 
     app.router.add_route("*", "/v2/{path:.*}", Dispatcher(table, gate).handle, expect_handler=_uninvited)
     app.router.add_get("/v2", _to_base)
     app.router.add_routes(Browse(database, contents, gate, auditor, delete=settings.registry.delete).routes())
+    app.router.add_routes(Rights(database, gate, auditor).routes())
     app.router.add_routes(Health(database, store, metrics, fresh, gate).routes())
 
     async def life(_: web.Application) -> AsyncIterator[None]:

@@ -196,6 +196,12 @@ class BadRequest(Unsupported):
     status, message = 400, "bad request"
 
 
+class Conflict(Unsupported):
+    """[RFC 9110, 15.5.10] it cannot be done as things stand."""
+
+    status, message = 409, "this cannot be done as things stand"
+
+
 class RequestTimeout(Unsupported):
     """[RFC 9110, 15.5.9] the client stopped sending."""
 
@@ -257,6 +263,10 @@ class MetadataUnavailable(MetadataError):
 
 class AccountsError(Exception):
     """What was asked about accounts, teams, tokens or rules cannot be done; the message says why."""
+
+
+class AccountUnknown(AccountsError):
+    """There is no such account, team, token or rule."""
 
 
 class ConfigurationError(Exception):

@@ -106,7 +106,7 @@ class Gate:
         self._auditor.refused(request, identity, str(right), f"{who} may not {right}", repository=name)
         if right is Right.PULL:
             raise Hidden(f"there is no repository {name}, or {who} may not pull from it")
-        raise Denied(f"{who} may not {right} to {name}" if right is Right.PUSH else f"{who} may not {right} in {name}")
+        raise Denied(_DENIED[right].format(who=who, name=name or "/"))
 
     def demand_known(self, request: web.Request, identity: Identity) -> None:
         """Let in who said who it is, if only by a token for nobody; raise `Unauthorized` for others."""
@@ -252,6 +252,13 @@ _WRONG: Final = "the name or the password is wrong"
 _MESSAGES: Final = {
     "insufficient_scope": "the token is not for this: get one for the scope that is named",
     "invalid_token": "the token is not good, or not any more: get another one",
+}
+
+
+_DENIED: Final = {
+    Right.PUSH: "{who} may not push to {name}",
+    Right.DELETE: "{who} may not delete in {name}",
+    Right.ADMIN: "{who} does not administer {name}",
 }
 
 

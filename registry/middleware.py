@@ -14,9 +14,12 @@ from aiohttp import hdrs, web
 
 from registry.clients import Clients
 from registry.errors import (
+    AccountsError,
+    AccountUnknown,
     BadRequest,
     BlobUnknown,
     BlobUploadUnknown,
+    Conflict,
     DigestInvalid,
     InternalError,
     ManifestInvalid,
@@ -52,6 +55,8 @@ _MEANING: Final[dict[type[Exception], type[RegistryError]]] = {
     storage_errors.ContentMissing: BlobUnknown,
     storage_errors.OutOfSpace: OutOfRoom,
     storage_errors.StoreUnavailable: Unavailable,
+    AccountUnknown: NotFound,
+    AccountsError: Conflict,
     MetadataFull: OutOfRoom,
     MetadataUnavailable: Unavailable,
 }

@@ -35,7 +35,7 @@ SEAMS: dict[str, tuple[list[str], str]] = {
             *("registry/blobs.py", "registry/uploads.py", "registry/manifests.py", "registry/referrers.py"),
             *("registry/listings.py", "registry/browse.py", "registry/health.py", "registry/wire.py"),
             *("registry/answers.py", "registry/record.py", "registry/gate.py", "registry/tokens.py"),
-            *("registry/clients.py", "registry/audit.py"),
+            *("registry/clients.py", "registry/audit.py", "registry/rights.py"),
             # Where the keys of other issuers are fetched.
             "registry/issuers.py",
             # What aiohttp itself reports of broken clients is told from what it reports of us.

@@ -9,9 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Final
 
-from sqlalchemy import Connection, and_, bindparam, delete, insert, or_, select, update
+from sqlalchemy import Connection, and_, bindparam, delete, func, insert, or_, select, update
 
-from registry.errors import AccountsError
+from registry.errors import AccountsError, AccountUnknown
 from registry.metadata import accounts, policy
 from registry.metadata.prepared import Prepared
 from registry.metadata.tables import access_token, account, now
@@ -19,6 +19,8 @@ from registry.metadata.tables import access_token, account, now
 PERSONAL: Final = "personal"
 REFRESH: Final = "refresh"
 
+#: Personal tokens that one account may have.
+_PERSONAL_LIMIT: Final = 200
 #: Microseconds between two notes of when a token was used.
 _USE_NOTED: Final = 60_000_000
 
@@ -66,7 +68,11 @@ def add(
 
 def add_personal(connection: Connection, owner: str, name: str, secret: str, scope: str, ends_at: int | None) -> int:
     """Keep a new personal token of the account called `owner`. Raises `AccountsError`."""
-    return add(connection, accounts.demand(connection, owner).id, PERSONAL, name, secret, scope, ends_at)
+    account_id = accounts.demand(connection, owner).id
+    kept = select(func.count()).select_from(access_token).filter_by(account_id=account_id, kind=PERSONAL)
+    if (connection.scalar(kept) or 0) >= _PERSONAL_LIMIT:
+        raise AccountsError(f"{owner} has {_PERSONAL_LIMIT} tokens already: revoke some")
+    return add(connection, account_id, PERSONAL, name, secret, scope, ends_at)
 
 
 def find(connection: Connection, secret: str) -> Token | None:
@@ -91,15 +97,18 @@ def of(connection: Connection, owner: str | None, *, refresh: bool = False) -> l
     return [(name, Token(*row)) for name, *row in connection.execute(query.order_by(access_token.c.id))]
 
 
-def revoke(connection: Connection, token_id: int) -> tuple[str, Token]:
-    """Let a token be good for nothing, nor what was signed for it; return what it was. Raises `AccountsError`."""
+def revoke(connection: Connection, token_id: int, owner: str | None = None) -> tuple[str, Token]:
+    """Let a token be good for nothing, nor what was signed for it; return whose it was, and what.
+
+    With `owner`, only where it is a personal token of that account. Raises `AccountUnknown`.
+    """
     token = get(connection, token_id)
-    if token is None:
-        raise AccountsError(f"there is no token {token_id} (hythe token list shows all)")
-    owner = accounts.get(connection, token.account_id)
+    found = accounts.get(connection, token.account_id) if token else None
+    if token is None or found is None or (owner is not None and (found.name, token.kind) != (owner, PERSONAL)):
+        raise AccountUnknown(f"there is no token {token_id}")
     connection.execute(delete(access_token).where(access_token.c.id == token_id))
     policy.changed(connection)
-    return owner.name if owner else "", token
+    return found.name, token
 
 
 def note_use(connection: Connection, token_id: int) -> None:

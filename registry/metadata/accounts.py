@@ -10,7 +10,7 @@ from typing import Any, Final, NamedTuple
 
 from sqlalchemy import Connection, and_, bindparam, delete, func, insert, select, update
 
-from registry.errors import AccountsError
+from registry.errors import AccountsError, AccountUnknown
 from registry.metadata import policy
 from registry.metadata.engine import hold_still
 from registry.metadata.prepared import Prepared
@@ -84,10 +84,10 @@ def get(connection: Connection, account_id: int) -> Account | None:
 
 
 def demand(connection: Connection, name: str) -> Account:
-    """Return the account called `name`, or raise `AccountsError`."""
+    """Return the account called `name`, or raise `AccountUnknown`."""
     found = find(connection, name)
     if found is None:
-        raise AccountsError(f"there is no account {name} (hythe user list shows all)")
+        raise AccountUnknown(f"there is no account {name[:80]}")
     return found
 
 
@@ -218,6 +218,31 @@ def follow(connection: Connection, passwords: Mapping[str, str]) -> tuple[list[s
     return changed, foreign
 
 
+def take_over(connection: Connection, passwords: Mapping[str, str], by: str) -> tuple[list[str], list[str]]:
+    """Make accounts of our own with these passwords, hashes by name; those that followed a file do so no longer.
+
+    Returns:
+        Names of accounts that are ours now, and names that were so before, which stay as they are.
+
+    Raises:
+        AccountsError: a name cannot be one, or there is no administrator yet.
+    """
+    hold_still(connection, account)
+    known = {found.name.lower(): found for found in everyone(connection)}
+    taken, left = [], []
+    for name, password in passwords.items():
+        found = known.get(name.lower())
+        if found is None:
+            add(connection, name, USER, password, by=by)
+        elif found.source == HTPASSWD:
+            _change(connection, found.id, source=OWN, password=password, is_disabled=False)
+        else:
+            left.append(found.name)
+            continue
+        taken.append(name)
+    return taken, left
+
+
 def add_team(connection: Connection, name: str) -> None:
     """Make a team without members. Raises `AccountsError`."""
     checked_name(name)
@@ -271,10 +296,10 @@ def leave(connection: Connection, team_name: str, names: list[str]) -> None:
 
 
 def demand_team(connection: Connection, name: str) -> int:
-    """Return the id of a team, or raise `AccountsError`."""
+    """Return the id of a team, or raise `AccountUnknown`."""
     team_id = connection.scalar(select(team.c.id).where(team.c.name == name))
     if team_id is None:
-        raise AccountsError(f"there is no team {name} (hythe team list shows all)")
+        raise AccountUnknown(f"there is no team {name[:80]}")
     return int(team_id)
 
 

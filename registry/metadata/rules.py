@@ -6,7 +6,7 @@ from typing import Any, Final, NamedTuple
 
 from sqlalchemy import ColumnElement, Connection, Row, Select, bindparam, delete, insert, or_, select
 
-from registry.errors import AccountsError
+from registry.errors import AccountsError, AccountUnknown
 from registry.metadata import accounts, policy
 from registry.metadata.prepared import Prepared
 from registry.metadata.tables import access_rule, account, now, team, team_member
@@ -76,12 +76,12 @@ def grant(connection: Connection, node: str, right: str, subject: str, by: str) 
 
 
 def revoke(connection: Connection, node: str, right: str, subject: str) -> None:
-    """Take a rule back; raises `AccountsError` where there is none, and says which ones give the right all the same."""
+    """Take a rule back. Raises `AccountUnknown` where there is none, `AccountsError` where it may not be missing."""
     rule = {"node": node, "right": right, **_subject(connection, subject)}
     with accounts.keeping_an_administrator(connection):
         if not connection.execute(delete(access_rule).filter_by(**rule)).rowcount:
             shown = f"{right} on {node or '/'} to {subject}"
-            raise AccountsError(f"there is no rule that gives {shown} (hythe grants shows all)")
+            raise AccountUnknown(f"there is no rule that gives {shown}")
     policy.changed(connection)
 
 

@@ -54,12 +54,13 @@ def upgrade(url: str, scripts: Path | None = None, head: str = migrations.HEAD) 
 def _upgrade_file(path: Path, scripts: Path, head: str) -> str | None:
     path.parent.mkdir(mode=0o750, parents=True, exist_ok=True)
     current = _revision_of_file(path)
-    if current == head:
-        return None
-    _check(current, scripts, head, str(path))
-    copy = _copy(path, current) if current else None
-    with _writing(path) as connection:
-        _run(connection, scripts)
+    copy = None
+    if current != head:
+        _check(current, scripts, head, str(path))
+        copy = _copy(path, current) if current else None
+        with _writing(path) as connection:
+            _run(connection, scripts)
+    _use_log(path)
     return str(copy) if copy else None
 
 
@@ -109,6 +110,19 @@ def _revision_of_file(path: Path) -> str:
                 raise ConfigurationError(f"database.url: {path} is a database, but not one of Hythe")
             row = connection.execute("SELECT version_num FROM alembic_version").fetchone()
             return str(row[0]) if row else _NONE
+    except sqlite3.Error as error:
+        raise ConfigurationError(f"database.url: {path}: {error}") from None
+
+
+def _use_log(path: Path) -> None:
+    """Let readers and the writer not wait for each other; the file remembers it. [SQLite: WAL]
+
+    Here, before anybody uses it: connections that find a file without it, and change it at the same moment, are told
+    that it is locked, however patient they are.
+    """
+    try:
+        with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as connection:
+            connection.execute("PRAGMA journal_mode=WAL")
     except sqlite3.Error as error:
         raise ConfigurationError(f"database.url: {path}: {error}") from None
 

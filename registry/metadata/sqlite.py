@@ -275,8 +275,7 @@ def _engine(path: Path, begin: str) -> Engine:
 
 
 def prepare(connection: sqlite3.Connection) -> None:
-    """Set a new SQLite connection up as every part of Hythe wants it."""
-    connection.execute("PRAGMA journal_mode=WAL")
+    """Set a new SQLite connection up as every part of Hythe wants it. That there is a log: `schema.py`."""
     connection.execute("PRAGMA synchronous=FULL")
     connection.execute("PRAGMA foreign_keys=ON")
     connection.execute("PRAGMA cache_size=-8192")

@@ -25,6 +25,7 @@ schema.config.generation.update(modes=[GenerationMode.POSITIVE, GenerationMode.N
 
 NAME = "org/team/app"
 UNKNOWN = "sha256:" + "0" * 64
+PASSWORD = "correct horse"
 
 
 def operations() -> list[tuple[str, str]]:
@@ -63,9 +64,11 @@ def full(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HytheServer]:
 
 @pytest.fixture(scope="module")
 def target(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HytheServer]:
-    """A registry with something in it that anything may happen to."""
-    with hythe_server(tmp_path_factory.mktemp("target")) as server:
+    """A registry with an administrator, and something in it that anything may happen to."""
+    directory = tmp_path_factory.mktemp("target")
+    with hythe_server(directory) as server:
         fill(server.url)
+    with hythe_server(directory, environment={"HYTHE_ACCOUNTS__ADMIN_PASSWORD": PASSWORD}) as server:
         yield server
 
 
@@ -247,4 +250,4 @@ def test_a_failing_database_is_answered_as_described(server: HytheServer) -> Non
     suppress_health_check=[hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.filter_too_much],
 )
 def test_schemathesis_finds_nothing(target: HytheServer, case: schemathesis.Case[Any]) -> None:
-    case.call_and_validate(base_url=target.url)
+    case.call_and_validate(base_url=target.url, auth=("admin", PASSWORD))

@@ -33,7 +33,6 @@ from sqlalchemy import (
 import migrations
 from registry.errors import ConfigurationError
 from registry.metadata.schema import upgrade
-from registry.metadata.sqlite import prepare
 from registry.metadata.tables import metadata
 from tests.services.processes import hythe_server
 
@@ -82,7 +81,7 @@ def url(path: Path) -> str:
 def make(path: Path, revision: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with closing(sqlite3.connect(path)) as connection:
-        prepare(connection)
+        connection.execute("PRAGMA journal_mode=WAL")
     config = Config()
     config.set_main_option("script_location", str(SCRIPTS))
     engine = create_engine(url(path))
@@ -90,6 +89,26 @@ def make(path: Path, revision: str) -> None:
         config.attributes["connection"] = connection_
         command.upgrade(config, revision)
     engine.dispose()
+
+
+def has_log(path: Path) -> bool:
+    """Return whether a file is written with a log. [SQLite: Database File Format, 1.3.3]"""
+    return path.read_bytes()[18:20] == b"\x02\x02"
+
+
+def test_a_file_has_its_log_before_anybody_uses_it(path: Path) -> None:
+    upgrade(url(path))
+    assert has_log(path)
+
+
+def test_a_file_that_lost_its_log_in_a_copy_has_one_again(path: Path) -> None:
+    upgrade(url(path))
+    copy = path.with_name("copy.db")
+    with closing(sqlite3.connect(path)) as connection:
+        connection.execute("VACUUM INTO ?", (str(copy),))
+    assert not has_log(copy)
+    upgrade(url(copy))
+    assert has_log(copy)
 
 
 @contextmanager

@@ -1,0 +1,143 @@
+"""The database that the configuration names, as commands about accounts write to it, whether a server runs or not.
+
+Whoever gets at it may do everything anyway, so nobody is asked who he is. Servers notice at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import getpass
+import json
+from collections.abc import Sequence
+from typing import Any, Final, ParamSpec, TypeVar
+
+from registry.access import Right, nodes_above
+from registry.affinity import Affinity
+from registry.app import open_facts
+from registry.config import Settings
+from registry.errors import AccountsError, ConfigurationError, MetadataError
+from registry.logins import new_token, secret_hash
+from registry.metadata import access_tokens, rules
+from registry.metadata.audit import Event, audited
+from registry.metadata.engine import Unit
+from registry.metadata.schema import upgrade
+from registry.metadata.tables import now
+from registry.responses import rfc3339
+from registry.rights import described, parse_node, reach, token_described
+from storage.errors import InvalidName
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+#: What the audit names for a credential.
+_HOW: Final = "command line"
+_DAY: Final = 86400 * 1_000_000
+
+
+class Ledger:
+    """Asks and changes the database; a change is in the audit. All methods raise `AccountsError`."""
+
+    def __init__(self, settings: Settings) -> None:
+        """Take the database that `settings` name."""
+        self._settings = settings
+
+    def change(
+        self,
+        action: str,
+        target: str,
+        detail: str,
+        unit: Unit[P, T],
+        *args: P.args,
+        **kwargs: P.kwargs,
+    ) -> T:
+        """Run a unit that changes something, with its event in the audit."""
+        return self._write(Event(us(), _HOW, "", action, target=target, detail=detail), unit, *args, **kwargs)
+
+    def ask(self, unit: Unit[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Run a unit that only reads."""
+        result: T = asyncio.run(self._run(lambda database: database.read(unit, *args, **kwargs)))
+        return result
+
+    def grant(self, right: str, node: str, subject: str) -> dict[str, Any]:
+        """Make a rule."""
+        place = node_of(node)
+        self._write(_about(place, "grant", right, subject), rules.grant, place, right, subject, us())
+        return {"node": place or "/", "right": right, "subject": subject}
+
+    def revoke(self, right: str, node: str, subject: str) -> dict[str, Any]:
+        """Take a rule back."""
+        place = node_of(node)
+        self._write(_about(place, "revoke", right, subject), rules.revoke, place, right, subject)
+        return {"node": place or "/", "right": right, "subject": subject}
+
+    def rules(self, node: str | None) -> list[dict[str, Any]]:
+        """Return all rules, or those that hold for a node."""
+        found = self.ask(rules.everything, None if node is None else nodes_above(node_of(node)))
+        return [described(rule) for rule in found]
+
+    def holders(self, right: str, node: str) -> list[dict[str, Any]]:
+        """Return who has a right, and by which rules."""
+        given_by = [str(each) for each in Right(right).given_by]
+        found = self.ask(rules.holders, nodes_above(node_of(node)), given_by)
+        return [{"name": name, "rule": described(rule)} for name, rule in found]
+
+    def create_token(self, owner: str | None, name: str, scope: Sequence[str], days: int) -> dict[str, Any]:
+        """Make a personal token of an account."""
+        if owner is None:
+            raise AccountsError("say whose it is: --user NAME")
+        token = new_token()
+        bound = json.dumps([_reach(text) for text in scope])
+        ends_at = now() + days * _DAY if days else None
+        kept = (owner, name, secret_hash(token), bound, ends_at)
+        token_id = self.change("token.create", owner, name, access_tokens.add_personal, *kept)
+        return {"id": token_id, "owner": owner, "name": name, "token": token, "ends_at": rfc3339(ends_at)}
+
+    def tokens(self, owner: str | None) -> list[dict[str, Any]]:
+        """Return the personal tokens of an account, or of all."""
+        return [{"owner": name, **token_described(token)} for name, token in self.ask(access_tokens.of, owner)]
+
+    def revoke_token(self, token_id: int) -> dict[str, Any]:
+        """Let a token be good for nothing."""
+        owner, token = self.change("token.revoke", str(token_id), "", access_tokens.revoke, token_id)
+        return {"id": token_id, "owner": owner, "name": token.name}
+
+    def _write(self, event: Event, unit: Unit[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        result: T = asyncio.run(self._run(lambda database: database.write(audited, event, unit, *args, **kwargs)))
+        return result
+
+    async def _run(self, work: Any) -> Any:
+        upgrade(self._settings.database.url)
+        database = open_facts(self._settings, Affinity(enabled=False))
+        try:
+            return await work(database)
+        except MetadataError as error:
+            raise ConfigurationError(f"database.url: {error}") from None
+        finally:
+            await database.close()
+
+
+def us() -> str:
+    """Return whom the audit names: no account, but who sat at this machine."""
+    try:
+        return f"{getpass.getuser()} (command line)"
+    except (KeyError, OSError):
+        return "command line"
+
+
+def node_of(text: str) -> str:
+    """Return a node of the tree; `/` is its root. Raises `AccountsError`."""
+    try:
+        return parse_node(text)
+    except InvalidName as error:
+        raise AccountsError(str(error)) from None
+
+
+def _about(node: str, action: str, right: str, subject: str) -> Event:
+    return Event(us(), _HOW, "", action, repository=node, target=node or "/", detail=f"{right} to {subject}")
+
+
+def _reach(text: str) -> tuple[str, str]:
+    try:
+        return reach(text)
+    except InvalidName as error:
+        raise AccountsError(str(error)) from None

@@ -1,0 +1,212 @@
+"""`/api/v1/rules`, `holders` and `tokens`: what somebody may hand on.
+
+Rights on a node are given by whoever administers it, or a node above. Tokens are made by whoever logs in with his
+password: no token begets another one, which would outlive it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Awaitable, Callable
+from typing import Any, Final
+
+from aiohttp import hdrs, web
+
+from registry.access import OPEN, ROOT, Identity, Right, nodes_above
+from registry.audit import Auditor
+from registry.errors import BadRequest, Conflict, Denied
+from registry.gate import Gate
+from registry.logins import new_token, secret_hash
+from registry.metadata import access_tokens, rules
+from registry.metadata.access_tokens import Token
+from registry.metadata.audit import Event, audited
+from registry.metadata.engine import Database
+from registry.metadata.rules import Rule
+from registry.metadata.tables import now
+from registry.responses import json_response, rfc3339
+from storage.errors import InvalidName
+from storage.names import parse_repository
+
+_Handler = Callable[[web.Request, Identity], Awaitable[web.StreamResponse]]
+_DAY: Final = 86400 * 1_000_000
+_DAYS_LIMIT: Final = 36_500
+_DEFAULT_DAYS: Final = "90"
+_NAME_LIMIT: Final = 100
+#: What steers a terminal or ends a line, and what PostgreSQL does not take.
+_CONTROL: Final = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+
+
+class Rights:
+    """Hands on rights and tokens."""
+
+    def __init__(self, database: Database, gate: Gate, auditor: Auditor) -> None:
+        """Keep them in `database`; `gate` says who may."""
+        self._database = database
+        self._gate = gate
+        self._auditor = auditor
+
+    def routes(self) -> list[web.RouteDef]:
+        """Return the routes."""
+        return [
+            web.get("/api/v1/rules", self._gated(self.rules), allow_head=False),
+            web.put("/api/v1/rules", self._gated(self.grant)),
+            web.delete("/api/v1/rules", self._gated(self.revoke)),
+            web.get("/api/v1/holders", self._gated(self.holders), allow_head=False),
+            web.get("/api/v1/tokens", self._gated(self.tokens), allow_head=False),
+            web.post("/api/v1/tokens", self._gated(self.create_token)),
+            web.delete("/api/v1/tokens", self._gated(self.revoke_token)),
+        ]
+
+    def _gated(self, handler: _Handler) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
+        """Let accounts in, and nobody where there are none: what he did would hold for those who come."""
+
+        async def handle(request: web.Request) -> web.StreamResponse:
+            identity = await self._gate.identify(request)
+            if identity is OPEN:
+                raise Conflict("there are no accounts yet: make the first one by hythe user add --admin NAME")
+            self._gate.demand_valid(request, identity)
+            self._gate.demand_account(request, identity)
+            if request.method != hdrs.METH_GET:
+                self._gate.demand_writable()
+            return await handler(request, identity)
+
+        return handle
+
+    async def rules(self, request: web.Request, identity: Identity) -> web.StreamResponse:
+        """GET `rules`: all that hold for `node`."""
+        node = self._node(request, identity)
+        found = await self._database.read(rules.everything, nodes_above(node))
+        return json_response({"rules": [described(rule) for rule in found]})
+
+    async def grant(self, request: web.Request, identity: Identity) -> web.StreamResponse:
+        """PUT `rules`: give `right` on `node` to `subject`."""
+        node = self._node(request, identity)
+        right, subject = _right(request), _parameter(request, "subject")
+        event = self._event(request, identity, "grant", node, f"{right} to {subject}")
+        await self._database.write(audited, event, rules.grant, node, right, subject, identity.name)
+        self._auditor.tell(event)
+        return json_response({"node": node or "/", "right": right, "subject": subject})
+
+    async def revoke(self, request: web.Request, identity: Identity) -> web.StreamResponse:
+        """DELETE `rules`: take the rule back that gives `right` on `node` to `subject`."""
+        node = self._node(request, identity)
+        right, subject = _right(request), _parameter(request, "subject")
+        event = self._event(request, identity, "revoke", node, f"{right} to {subject}")
+        await self._database.write(audited, event, rules.revoke, node, right, subject)
+        self._auditor.tell(event)
+        return json_response({"node": node or "/", "right": right, "subject": subject})
+
+    async def holders(self, request: web.Request, identity: Identity) -> web.StreamResponse:
+        """GET `holders`: who has `right` on `node`, and by which rule."""
+        node = self._node(request, identity)
+        right = _right(request)
+        found = await self._database.read(rules.holders, nodes_above(node), [str(each) for each in right.given_by])
+        return json_response({"holders": [{"name": name, "rule": described(rule)} for name, rule in found]})
+
+    async def tokens(self, request: web.Request, identity: Identity) -> web.StreamResponse:
+        """GET `tokens`: the personal tokens of whoever asks, not what they are."""
+        found = await self._database.read(access_tokens.of, self._owner(request, identity))
+        return json_response({"tokens": [{"owner": owner, **token_described(token)} for owner, token in found]})
+
+    async def create_token(self, request: web.Request, identity: Identity) -> web.StreamResponse:
+        """POST `tokens`: make one called `name`, for `days`, as far as each `scope` reaches. It is shown this once."""
+        owner, name = self._owner(request, identity), _parameter(request, "name")
+        if len(name) > _NAME_LIMIT:
+            raise BadRequest(f"name: expected up to {_NAME_LIMIT} characters")
+        scope = [reach(text) for text in request.query.getall("scope", [])]
+        days = _number(request, "days", _DEFAULT_DAYS)
+        if days > _DAYS_LIMIT:
+            raise BadRequest(f"days: expected 0, for one that never ends, to {_DAYS_LIMIT}")
+        ends_at = now() + days * _DAY if days else None
+        token = new_token()
+        event = self._auditor.event(request, identity, "token.create", target=owner, detail=name)
+        added = await self._database.write(
+            audited,
+            event,
+            access_tokens.add_personal,
+            owner,
+            name,
+            secret_hash(token),
+            json.dumps(scope),
+            ends_at,
+        )
+        self._auditor.tell(event)
+        answer = {"id": added, "owner": owner, "name": name, "token": token, "ends_at": rfc3339(ends_at)}
+        return json_response(answer, status=201, headers={hdrs.CACHE_CONTROL: "no-store"})
+
+    async def revoke_token(self, request: web.Request, identity: Identity) -> web.StreamResponse:
+        """DELETE `tokens`: let the one with this `id` be good for nothing."""
+        owner, token_id = self._owner(request, identity), _number(request, "id")
+        event = self._auditor.event(request, identity, "token.revoke", target=str(token_id))
+        _, token = await self._database.write(audited, event, access_tokens.revoke, token_id, owner)
+        self._auditor.tell(event)
+        return json_response({"id": token_id, "owner": owner, "name": token.name})
+
+    def _node(self, request: web.Request, identity: Identity) -> str:
+        node = parse_node(_parameter(request, "node"))
+        self._gate.demand(request, identity, node, Right.ADMIN)
+        return node
+
+    def _owner(self, request: web.Request, identity: Identity) -> str:
+        """Return whose tokens these are: those of whoever shows his password."""
+        if identity.credential != "password" or identity.scope is not None:
+            detail = "tokens are made and revoked with the password, not with another token"
+            self._auditor.refused(request, identity, "tokens", detail)
+            raise Denied(detail)
+        return identity.name
+
+    def _event(self, request: web.Request, identity: Identity, action: str, node: str, detail: str) -> Event | None:
+        return self._auditor.event(request, identity, action, repository=node, target=node or "/", detail=detail)
+
+
+def parse_node(text: str) -> str:
+    """Return a node of the tree; `/` is its root. Raises `InvalidName`."""
+    return ROOT if text == "/" else str(parse_repository(text.strip("/")))
+
+
+def reach(text: str) -> tuple[str, str]:
+    """Read `RIGHT:NODE`, as tokens are bounded by. Raises `InvalidName`."""
+    right, colon, node = text.partition(":")
+    if not colon or right not in list(Right):
+        raise InvalidName(f"a scope must look like pull:org/team, got {text[:100]!r}")
+    return parse_node(node), right
+
+
+def described(rule: Rule) -> dict[str, Any]:
+    """Return a rule as JSON has it."""
+    return {**rule._asdict(), "node": rule.node or "/", "created_at": rfc3339(rule.created_at)}
+
+
+def token_described(token: Token) -> dict[str, Any]:
+    """Return a token as JSON has it: all but itself."""
+    return {
+        "id": token.id,
+        "name": token.name,
+        "scope": [f"{right}:{node or '/'}" for node, right in json.loads(token.scope)],
+        "created_at": rfc3339(token.created_at),
+        "ends_at": rfc3339(token.ends_at),
+        "used_at": rfc3339(token.used_at),
+    }
+
+
+def _parameter(request: web.Request, name: str) -> str:
+    text = request.query.get(name, "")
+    if not text or _CONTROL.search(text):
+        raise BadRequest(f"the parameter {name!r} is missing, or cannot be read")
+    return text
+
+
+def _right(request: web.Request) -> Right:
+    text = _parameter(request, "right")
+    try:
+        return Right(text)
+    except ValueError:
+        raise BadRequest(f"right: expected {', '.join(Right)}, got {text[:100]!r}") from None
+
+
+def _number(request: web.Request, name: str, default: str | None = None) -> int:
+    text = _parameter(request, name) if default is None else request.query.get(name, default)
+    if not (text.isascii() and text.isdigit() and len(text) < 10):
+        raise BadRequest(f"{name}: expected a number, got {text[:100]!r}")
+    return int(text)
