@@ -132,6 +132,7 @@ def database_url(backend: str, data_directory: Path, request: pytest.FixtureRequ
     # The name of the registry is in a new database too, and the version of the policy.
     seeded = (identity, policy)
     server.empty(url, [table.name for table in reversed(metadata.sorted_tables) if table not in seeded])
+    server.execute("UPDATE policy SET read_only = NULL", urlsplit(url).path[1:])
 
 
 @pytest.fixture
