@@ -22,17 +22,20 @@ from tests.services.processes import HytheServer, free_port, hythe_server
 
 COMMANDS = [
     *([], ["serve"], ["config"], ["config", "check"], ["ls"], ["tags"], ["inspect"], ["rm"]),
-    *(["migrate"], ["copy-store"], ["copy-database"]),
+    *(["migrate"], ["copy-store"], ["copy-database"], ["user"], ["user", "add"], ["user", "import"], ["user", "list"]),
+    *(["user", "password"], ["user", "disable"], ["user", "enable"], ["user", "remove"], ["team"], ["team", "add"]),
+    *(["team", "join"], ["team", "leave"], ["team", "list"], ["team", "remove"], ["token"], ["token", "create"]),
+    *(["token", "list"], ["token", "revoke"], ["grant"], ["revoke"], ["grants"], ["who-can"], ["read-only"], ["audit"]),
 ]
 
 
-def hythe(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def hythe(*arguments: str, standard_input: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
     """Run the command to its end, whatever that is."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith("HYTHE_")}
     return subprocess.run(
         [sys.executable, "-m", "hythe", *arguments],
         check=False,
-        stdin=subprocess.DEVNULL,
+        input=standard_input,
         capture_output=True,
         text=True,
         timeout=60,
