@@ -15,8 +15,8 @@ from hythe.remote import Remote
 from registry.errors import AccountsError
 from registry.metadata import accounts, audit, policy
 from registry.metadata.audit import Event
+from registry.metadata.tables import rfc3339
 from registry.passwords import hash_password, read_htpasswd
-from registry.responses import rfc3339
 
 _SECOND: Final = 1_000_000
 _AGO: Final = re.compile(r"([0-9]{1,6})([mhd])")

@@ -11,19 +11,15 @@ import json
 from collections.abc import Sequence
 from typing import Any, Final, ParamSpec, TypeVar
 
-from registry.access import Right, nodes_above
-from registry.affinity import Affinity
-from registry.app import open_facts
+from registry.access import Right, nodes_above, parse_node, reach
 from registry.config import Settings
 from registry.errors import AccountsError, ConfigurationError, MetadataError
-from registry.logins import new_token, secret_hash
 from registry.metadata import access_tokens, rules
+from registry.metadata.access_tokens import new_token, secret_hash
 from registry.metadata.audit import Event, audited
-from registry.metadata.engine import Unit
+from registry.metadata.engine import Unit, open_database
 from registry.metadata.schema import upgrade
-from registry.metadata.tables import now
-from registry.responses import rfc3339
-from registry.rights import described, parse_node, reach, token_described
+from registry.metadata.tables import now, rfc3339
 from storage.errors import InvalidName
 
 P = ParamSpec("P")
@@ -73,13 +69,13 @@ class Ledger:
     def rules(self, node: str | None) -> list[dict[str, Any]]:
         """Return all rules, or those that hold for a node."""
         found = self.ask(rules.everything, None if node is None else nodes_above(node_of(node)))
-        return [described(rule) for rule in found]
+        return [rule.described() for rule in found]
 
     def holders(self, right: str, node: str) -> list[dict[str, Any]]:
         """Return who has a right, and by which rules."""
         given_by = [str(each) for each in Right(right).given_by]
         found = self.ask(rules.holders, nodes_above(node_of(node)), given_by)
-        return [{"name": name, "rule": described(rule)} for name, rule in found]
+        return [{"name": name, "rule": rule.described()} for name, rule in found]
 
     def create_token(self, owner: str | None, name: str, scope: Sequence[str], days: int) -> dict[str, Any]:
         """Make a personal token of an account."""
@@ -94,7 +90,7 @@ class Ledger:
 
     def tokens(self, owner: str | None) -> list[dict[str, Any]]:
         """Return the personal tokens of an account, or of all."""
-        return [{"owner": name, **token_described(token)} for name, token in self.ask(access_tokens.of, owner)]
+        return [{"owner": name, **token.described()} for name, token in self.ask(access_tokens.of, owner)]
 
     def revoke_token(self, token_id: int) -> dict[str, Any]:
         """Let a token be good for nothing."""
@@ -107,7 +103,7 @@ class Ledger:
 
     async def _run(self, work: Any) -> Any:
         upgrade(self._settings.database.url)
-        database = open_facts(self._settings, Affinity(enabled=False))
+        database = open_database(self._settings.database.url, sync=self._settings.database.sync, connections=1)
         try:
             return await work(database)
         except MetadataError as error:

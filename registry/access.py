@@ -65,6 +65,19 @@ def nodes_above(name: str) -> list[str]:
     return nodes
 
 
+def parse_node(text: str) -> str:
+    """Return a node of the tree; `/` is its root. Raises `InvalidName`."""
+    return ROOT if text == "/" else str(parse_repository(text.strip("/")))
+
+
+def reach(text: str) -> tuple[str, str]:
+    """Read `RIGHT:NODE`, as tokens are bounded by. Raises `InvalidName`."""
+    right, colon, node = text.partition(":")
+    if not colon or right not in list(Right):
+        raise InvalidName(f"a scope must look like pull:org/team, got {text[:100]!r}")
+    return parse_node(node), right
+
+
 class Held:
     """Rights on nodes, and so on all below them."""
 

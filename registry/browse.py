@@ -21,8 +21,9 @@ from registry.listings import page
 from registry.metadata import repositories, tags
 from registry.metadata.engine import Database
 from registry.metadata.repositories import Node
+from registry.metadata.tables import rfc3339
 from registry.metadata.tags import TagDetail
-from registry.responses import json_response, rfc3339
+from registry.responses import json_response
 from storage.digest import Digest
 from storage.errors import InvalidName
 from storage.names import Reference, RepositoryName, parse_reference, parse_repository

@@ -29,8 +29,9 @@ from registry.clients import Clients
 from registry.config import Settings
 from registry.errors import Denied, Hidden, ReadOnly, TooManyRequests, Unauthorized
 from registry.limits import Rate, network_of
-from registry.logins import PREFIX, LoginFailed, Logins, identity_of
+from registry.logins import LoginFailed, Logins, identity_of
 from registry.metadata import policy, principals, rules
+from registry.metadata.access_tokens import PREFIX
 from registry.metadata.engine import Database, Watch
 from registry.metadata.policy import Policy
 from registry.responses import COUNTED, WHO

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import secrets
 import time
 from collections.abc import Sequence
 from typing import Final
@@ -23,10 +22,7 @@ from registry.metadata import access_tokens, accounts, principals
 from registry.metadata.engine import Database
 from registry.metadata.principals import Principal
 from registry.passwords import Passwords, is_ours
-from storage.digest import Digest
 
-#: What personal and refresh tokens begin with, so that people and scanners know them where they should not be.
-PREFIX: Final = "hythe_"
 #: Seconds that a refusal takes at least.
 _REFUSAL_SECONDS: Final = 0.3
 #: Seconds for which a password that was right is not checked again.
@@ -61,7 +57,7 @@ class Logins:
             LoginFailed: they are not good.
             TooManyRequests: too many were not, by this name or from this address.
         """
-        if password.startswith(PREFIX):
+        if password.startswith(access_tokens.PREFIX):
             return await self.by_token(password, address, name=name)
         if looks_like_one(password):
             return await self._by_issuer(name, password, address)
@@ -84,7 +80,7 @@ class Logins:
         # Not by account: tokens cannot be guessed, and whoever guesses passwords shall not lock out its robots.
         with self._limits.attempt("", address) as attempt:
             began = time.monotonic()
-            found = await self._database.read(principals.by_secret, secret_hash(token))
+            found = await self._database.read(principals.by_secret, access_tokens.secret_hash(token))
             if (
                 found is None
                 or found.token is None
@@ -141,16 +137,6 @@ def bound_of(scope: str) -> Held | None:
     """Return how far a token reaches; None where as far as its account."""
     rules: Sequence[tuple[str, str]] = json.loads(scope)
     return Held(rules) if rules else None
-
-
-def new_token() -> str:
-    """Return a token that nobody has."""
-    return PREFIX + secrets.token_urlsafe(32)
-
-
-def secret_hash(token: str) -> str:
-    """Return what is kept of a token."""
-    return Digest.of(token.encode()).hex
 
 
 def _kind_of(found: Principal) -> str:

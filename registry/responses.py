@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from datetime import UTC, datetime
 from typing import Any, Final
 
 import msgspec
@@ -49,13 +48,6 @@ def json_response(
         status=status,
         headers={"Content-Type": content_type, **(headers or {})},
     )
-
-
-def rfc3339(microseconds: int | None) -> str | None:
-    """Return a time since the epoch as text, in seconds and UTC; None for None."""
-    if microseconds is None:
-        return None
-    return datetime.fromtimestamp(microseconds / 1e6, UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
 
 
 def sign(request: web.BaseRequest, response: web.StreamResponse) -> None:

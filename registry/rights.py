@@ -9,24 +9,20 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Awaitable, Callable
-from typing import Any, Final
+from typing import Final
 
 from aiohttp import hdrs, web
 
-from registry.access import OPEN, ROOT, Identity, Right, nodes_above
+from registry.access import OPEN, Identity, Right, nodes_above, parse_node, reach
 from registry.audit import Auditor
 from registry.errors import BadRequest, Conflict, Denied
 from registry.gate import Gate
-from registry.logins import new_token, secret_hash
 from registry.metadata import access_tokens, rules
-from registry.metadata.access_tokens import Token
+from registry.metadata.access_tokens import new_token, secret_hash
 from registry.metadata.audit import Event, audited
 from registry.metadata.engine import Database
-from registry.metadata.rules import Rule
-from registry.metadata.tables import now
-from registry.responses import json_response, rfc3339
-from storage.errors import InvalidName
-from storage.names import parse_repository
+from registry.metadata.tables import now, rfc3339
+from registry.responses import json_response
 
 _Handler = Callable[[web.Request, Identity], Awaitable[web.StreamResponse]]
 _DAY: Final = 86400 * 1_000_000
@@ -77,7 +73,7 @@ class Rights:
         """GET `rules`: all that hold for `node`."""
         node = self._node(request, identity)
         found = await self._database.read(rules.everything, nodes_above(node))
-        return json_response({"rules": [described(rule) for rule in found]})
+        return json_response({"rules": [rule.described() for rule in found]})
 
     async def grant(self, request: web.Request, identity: Identity) -> web.StreamResponse:
         """PUT `rules`: give `right` on `node` to `subject`."""
@@ -102,12 +98,12 @@ class Rights:
         node = self._node(request, identity)
         right = _right(request)
         found = await self._database.read(rules.holders, nodes_above(node), [str(each) for each in right.given_by])
-        return json_response({"holders": [{"name": name, "rule": described(rule)} for name, rule in found]})
+        return json_response({"holders": [{"name": name, "rule": rule.described()} for name, rule in found]})
 
     async def tokens(self, request: web.Request, identity: Identity) -> web.StreamResponse:
         """GET `tokens`: the personal tokens of whoever asks, not what they are."""
         found = await self._database.read(access_tokens.of, self._owner(request, identity))
-        return json_response({"tokens": [{"owner": owner, **token_described(token)} for owner, token in found]})
+        return json_response({"tokens": [{"owner": owner, **token.described()} for owner, token in found]})
 
     async def create_token(self, request: web.Request, identity: Identity) -> web.StreamResponse:
         """POST `tokens`: make one called `name`, for `days`, as far as each `scope` reaches. It is shown this once."""
@@ -158,36 +154,6 @@ class Rights:
 
     def _event(self, request: web.Request, identity: Identity, action: str, node: str, detail: str) -> Event | None:
         return self._auditor.event(request, identity, action, repository=node, target=node or "/", detail=detail)
-
-
-def parse_node(text: str) -> str:
-    """Return a node of the tree; `/` is its root. Raises `InvalidName`."""
-    return ROOT if text == "/" else str(parse_repository(text.strip("/")))
-
-
-def reach(text: str) -> tuple[str, str]:
-    """Read `RIGHT:NODE`, as tokens are bounded by. Raises `InvalidName`."""
-    right, colon, node = text.partition(":")
-    if not colon or right not in list(Right):
-        raise InvalidName(f"a scope must look like pull:org/team, got {text[:100]!r}")
-    return parse_node(node), right
-
-
-def described(rule: Rule) -> dict[str, Any]:
-    """Return a rule as JSON has it."""
-    return {**rule._asdict(), "node": rule.node or "/", "created_at": rfc3339(rule.created_at)}
-
-
-def token_described(token: Token) -> dict[str, Any]:
-    """Return a token as JSON has it: all but itself."""
-    return {
-        "id": token.id,
-        "name": token.name,
-        "scope": [f"{right}:{node or '/'}" for node, right in json.loads(token.scope)],
-        "created_at": rfc3339(token.created_at),
-        "ends_at": rfc3339(token.ends_at),
-        "used_at": rfc3339(token.used_at),
-    }
 
 
 def _parameter(request: web.Request, name: str) -> str:

@@ -24,12 +24,11 @@ from registry.calls import Call
 from registry.config import AccountSettings
 from registry.errors import BadRequest, Unauthorized
 from registry.gate import Gate
-from registry.logins import new_token, secret_hash
 from registry.metadata import access_tokens
 from registry.metadata.audit import audited
 from registry.metadata.engine import Database
-from registry.metadata.tables import now
-from registry.responses import json_response, rfc3339
+from registry.metadata.tables import now, rfc3339
+from registry.responses import json_response
 from registry.signing import Signer
 from registry.transfer import Receiver, read_limited
 
@@ -125,7 +124,7 @@ class Tokens:
         """Return a token to keep instead of a password; none for who came by a token, which is to be kept itself."""
         if not identity.account or identity.credential != "password" or not self._settings.refresh_days:
             return ""
-        token = new_token()
+        token = access_tokens.new_token()
         name = call.parameter("client_id") or "docker login"
         event = self._auditor.event(call.request, identity, "login.keep", target=name)
         await self._database.write(
@@ -135,7 +134,7 @@ class Tokens:
             identity.account,
             access_tokens.REFRESH,
             name[:100],
-            secret_hash(token),
+            access_tokens.secret_hash(token),
             "[]",
             now() + self._settings.refresh_days * _DAY,
         )

@@ -6,6 +6,8 @@ that is nearly right.
 
 from __future__ import annotations
 
+import json
+import secrets
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -14,11 +16,14 @@ from sqlalchemy import Connection, and_, bindparam, delete, func, insert, or_, s
 from registry.errors import AccountsError, AccountUnknown
 from registry.metadata import accounts, policy
 from registry.metadata.prepared import Prepared
-from registry.metadata.tables import access_token, account, now
+from registry.metadata.tables import access_token, account, now, rfc3339
+from storage.digest import Digest
 
 PERSONAL: Final = "personal"
 REFRESH: Final = "refresh"
 
+#: What personal and refresh tokens begin with, so that people and scanners know them where they should not be.
+PREFIX: Final = "hythe_"
 #: Personal tokens that one account may have.
 _PERSONAL_LIMIT: Final = 200
 #: Microseconds between two notes of when a token was used.
@@ -54,6 +59,27 @@ class Token:
     def is_over(self) -> bool:
         """Return whether its time is over."""
         return self.ends_at is not None and self.ends_at <= now()
+
+    def described(self) -> dict[str, Any]:
+        """Return it as JSON has it, for people and programs."""
+        return {
+            "id": self.id,
+            "name": self.name,
+            "scope": [f"{right}:{node or '/'}" for node, right in json.loads(self.scope)],
+            "created_at": rfc3339(self.created_at),
+            "ends_at": rfc3339(self.ends_at),
+            "used_at": rfc3339(self.used_at),
+        }
+
+
+def new_token() -> str:
+    """Return a token that nobody has."""
+    return PREFIX + secrets.token_urlsafe(32)
+
+
+def secret_hash(token: str) -> str:
+    """Return what is kept of a token."""
+    return Digest.of(token.encode()).hex
 
 
 def add(

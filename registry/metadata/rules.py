@@ -9,7 +9,7 @@ from sqlalchemy import ColumnElement, Connection, Row, Select, bindparam, delete
 from registry.errors import AccountsError, AccountUnknown
 from registry.metadata import accounts, policy
 from registry.metadata.prepared import Prepared
-from registry.metadata.tables import access_rule, account, now, team, team_member
+from registry.metadata.tables import access_rule, account, now, rfc3339, team, team_member
 
 #: Whoever is logged in, and whoever there is.
 USERS: Final = "users"
@@ -46,6 +46,10 @@ class Rule(NamedTuple):
     subject: str
     created_at: int
     created_by: str
+
+    def described(self) -> dict[str, Any]:
+        """Return it as JSON has it, for people and programs."""
+        return {**self._asdict(), "node": self.node or "/", "created_at": rfc3339(self.created_at)}
 
 
 class Holder(NamedTuple):

@@ -18,6 +18,7 @@ row that a manifest points to cannot be deleted, whoever gets there first.
 from __future__ import annotations
 
 import time
+from datetime import UTC, datetime
 
 from sqlalchemy import (
     BigInteger,
@@ -51,6 +52,13 @@ def _name(length: int) -> TypeEngine[str]:
 def now() -> int:
     """Return microseconds since the epoch."""
     return time.time_ns() // 1000
+
+
+def rfc3339(microseconds: int | None) -> str | None:
+    """Return a time since the epoch as text, in seconds and UTC; None for None."""
+    if microseconds is None:
+        return None
+    return datetime.fromtimestamp(microseconds / 1e6, UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
 
 
 repository = Table(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import sqlite3
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,13 +36,28 @@ class Desk:
     def json(self, *arguments: str) -> Any:
         return json.loads(self.run(*arguments, "--json"))
 
+    def content(self) -> list[str]:
+        """Return all there is in the database."""
+        with contextlib.closing(sqlite3.connect(self.data / "hythe.db")) as connection:
+            return list(connection.iterdump())
 
-@pytest.fixture
-def desk(tmp_path: Path) -> Desk:
-    made = Desk(tmp_path / "data")
+
+def make_desk(directory: Path) -> Desk:
+    made = Desk(directory / "data")
     made.run("user", "add", "--admin", "alice", "--password-stdin")
     made.run("user", "add", "bob", "--password-stdin")
     return made
+
+
+@pytest.fixture
+def desk(tmp_path: Path) -> Desk:
+    return make_desk(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def quiet(tmp_path_factory: pytest.TempPathFactory) -> Desk:
+    """For commands that change nothing."""
+    return make_desk(tmp_path_factory.mktemp("quiet"))
 
 
 @pytest.fixture
@@ -100,14 +117,14 @@ def test_users_are_listed_disabled_enabled_and_removed(desk: Desk, served: Hythe
     ],
 )
 def test_what_cannot_be_done_is_said_in_one_line_and_changes_nothing(
-    desk: Desk, command: list[str], reason: str
+    quiet: Desk, command: list[str], reason: str
 ) -> None:
-    before = [desk.json(*listing) for listing in (["user", "list"], ["grants"], ["token", "list"])]
-    said = desk.run(*command, code=1)
+    before = quiet.content()
+    said = quiet.run(*command, code=1)
     assert reason in said
     assert said.startswith("hythe: ")
     assert said.count("\n") == 1
-    assert [desk.json(*listing) for listing in (["user", "list"], ["grants"], ["token", "list"])] == before
+    assert quiet.content() == before
 
 
 def test_a_password_that_is_too_short_is_refused(desk: Desk) -> None:
