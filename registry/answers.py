@@ -22,8 +22,7 @@ from aiohttp import hdrs, web
 from registry.access import OPEN
 from registry.cache import ENTRY_SIZE, Cache
 from registry.clients import Clients
-from registry.gate import Gate
-from registry.limits import network_of
+from registry.limits import Rate, network_of
 from registry.logs import Access
 from registry.record import Recorder, logged_path
 from registry.responses import COUNTED, REPEATABLE, ROUTE, WHO
@@ -78,15 +77,15 @@ class Answers:
     """What was answered lately."""
 
     def __init__(
-        self, cache: Cache, recorder: Recorder, gate: Gate | None = None, clients: Clients | None = None
+        self, cache: Cache, recorder: Recorder, rate: Rate | None = None, clients: Clients | None = None
     ) -> None:
         """Remember in `cache`; let `recorder` count and log what is given again.
 
-        `gate` and `clients` tell whom an answer is for, and whether he asks too often; without them it is for all.
+        `clients` tells whom an answer is for, `rate` whether he asks too often; without them it is for all.
         """
         self._cache = cache
         self._recorder = recorder
-        self._gate = gate
+        self._rate = rate
         self._clients = clients
         self._marks: set[int] = set()
         self._is_ended = False
@@ -106,7 +105,7 @@ class Answers:
         if found.address != found.peer and found.peer != peer:
             # Its head says where it comes from: another proxy must be believed anew.
             return None
-        if self._gate and self._gate.rate.is_on and self._gate.rate.take(found.client or network_of(peer)):
+        if self._rate and self._rate.is_on and self._rate.take(found.client or network_of(peer)):
             return None
         return found
 

@@ -20,15 +20,17 @@ from registry.answers import Answers
 from registry.audit import Auditor
 from registry.blobs import Blobs
 from registry.browse import Browse
+from registry.challenges import Challenges
 from registry.clients import Clients
 from registry.config import Settings
 from registry.contents import Contents
+from registry.credentials import Credentials
 from registry.dispatch import Dispatcher, Table
 from registry.fresh import FreshSessions
 from registry.gate import Gate
 from registry.health import Health
 from registry.issuers import Issuers
-from registry.limits import LoginLimits
+from registry.limits import LoginLimits, Rate
 from registry.listings import Listings
 from registry.logins import Logins
 from registry.logs import Lines, is_json
@@ -121,7 +123,10 @@ def build(settings: Settings, *, process: Process | None = None, store: Store | 
     signer = Signer(database, settings.accounts)
     passwords = Passwords()
     logins = Logins(database, passwords, Issuers(settings.issuers), LoginLimits())
-    gate = Gate(database, rights, signer, logins, clients, auditor, settings)
+    challenges = Challenges(clients, settings.accounts.service)
+    rate = Rate(settings.limits.requests_per_second, 1)
+    credentials = Credentials(database, rights, signer, logins, clients, auditor, challenges, rate)
+    gate = Gate(credentials, challenges, clients, auditor, rate, settings.limits)
     sweeper = Sweeper(
         store,
         database,
@@ -132,7 +137,7 @@ def build(settings: Settings, *, process: Process | None = None, store: Store | 
 
     table = _table(
         settings,
-        Tokens(database, gate, signer, auditor, receiver, settings.accounts),
+        Tokens(database, credentials, signer, auditor, receiver, settings.accounts),
         Blobs(store, contents, sender, auditor),
         Uploads(database, Sessions(store, database, contents, fresh), receiver, gate, auditor),
         Manifests(store, contents, receiver, auditor, settings.registry),
@@ -143,7 +148,7 @@ def build(settings: Settings, *, process: Process | None = None, store: Store | 
     observer = Observer(recorder, clients)
     app = web.Application(middlewares=[observer.middleware()])
     app[OBSERVER] = observer
-    app[ANSWERS] = Answers(contents.cache, recorder, gate, clients)
+    app[ANSWERS] = Answers(contents.cache, recorder, rate, clients)
     app.router.add_route("*", "/v2/{path:.*}", Dispatcher(table, gate).handle, expect_handler=_uninvited)
     app.router.add_get("/v2", _to_base)
     app.router.add_routes(Browse(database, contents, gate, auditor, delete=settings.registry.delete).routes())

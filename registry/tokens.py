@@ -22,8 +22,8 @@ from registry.access import Identity, Scope
 from registry.audit import Auditor
 from registry.calls import Call
 from registry.config import AccountSettings
+from registry.credentials import Credentials
 from registry.errors import BadRequest, Unauthorized
-from registry.gate import Gate
 from registry.metadata import access_tokens
 from registry.metadata.audit import audited
 from registry.metadata.engine import Database
@@ -44,15 +44,15 @@ class Tokens:
     def __init__(
         self,
         database: Database,
-        gate: Gate,
+        credentials: Credentials,
         signer: Signer,
         auditor: Auditor,
         receiver: Receiver,
         settings: AccountSettings,
     ) -> None:
-        """Let `gate` say who asks, `signer` sign, `receiver` take forms in; refresh tokens are kept in `database`."""
+        """Let `credentials` say who asks, `signer` sign, `receiver` take forms in; `database` keeps refresh tokens."""
         self._database = database
-        self._gate = gate
+        self._credentials = credentials
         self._signer = signer
         self._auditor = auditor
         self._settings = settings
@@ -75,13 +75,13 @@ class Tokens:
         kind = form.get("grant_type", "")
         if kind == "refresh_token":
             sent = form.get("refresh_token", "")
-            identity = await self._gate.log_in_by_token(call.request, sent, access_tokens.REFRESH)
+            identity = await self._credentials.log_in_by_token(call.request, sent, access_tokens.REFRESH)
             return await self._give(call, identity, form, refresh=sent)
         if kind == "password":
-            identity = await self._gate.log_in(call.request, form.get("username", ""), form.get("password", ""))
+            identity = await self._credentials.log_in(call.request, form.get("username", ""), form.get("password", ""))
             return await self._give(call, identity, form, wants_refresh=form.get("access_type") == "offline")
         if kind == _EXCHANGE:
-            identity = await self._gate.log_in(call.request, "", form.get("subject_token", ""))
+            identity = await self._credentials.log_in(call.request, "", form.get("subject_token", ""))
             return await self._give(call, identity, form)
         raise BadRequest("grant_type must be password, refresh_token or token exchange")
 

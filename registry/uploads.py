@@ -17,8 +17,9 @@ from registry import locations
 from registry.access import Right
 from registry.audit import Auditor
 from registry.calls import Call
+from registry.challenges import resource
 from registry.errors import BlobUploadUnknown, ChunkOutOfOrder, DigestInvalid, MetadataError, RegistryError, SizeInvalid
-from registry.gate import Gate, resource
+from registry.gate import Gate
 from registry.metadata import blobs
 from registry.metadata.audit import Event
 from registry.metadata.engine import Database
@@ -156,7 +157,7 @@ class Uploads:
             if named is not None and call.identity.holds(source, Right.PULL):
                 # Its token lacks the source only: clients get a wider one then, and send no bytes.
                 wanted = [resource(call.repository, Right.PUSH), resource(source, Right.PULL)]
-                raise self._gate.challenge(call.request, wanted, "insufficient_scope")
+                raise self._gate.wider(call.request, wanted)
         return False
 
     async def _sources(self, named: str | None, digest: Digest) -> list[RepositoryName]:

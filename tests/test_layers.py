@@ -36,6 +36,7 @@ SEAMS: dict[str, tuple[list[str], str]] = {
             *("registry/listings.py", "registry/browse.py", "registry/health.py", "registry/wire.py"),
             *("registry/answers.py", "registry/record.py", "registry/gate.py", "registry/tokens.py"),
             *("registry/clients.py", "registry/audit.py", "registry/rights.py"),
+            *("registry/credentials.py", "registry/challenges.py"),
             # Where the keys of other issuers are fetched.
             "registry/issuers.py",
             # What aiohttp itself reports of broken clients is told from what it reports of us.
