@@ -154,7 +154,8 @@ class RangeUnsatisfiable(SizeInvalid):
 class Unauthorized(RegistryError):
     """[code-11]."""
 
-    status, code, message = 401, "UNAUTHORIZED", "authentication required"
+    # The first two words alone are docker's own for it, and no message to it: then it tries again for a minute.
+    status, code, message = 401, "UNAUTHORIZED", "authentication required: log in"
 
 
 class Hidden(NameUnknown):
