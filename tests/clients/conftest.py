@@ -64,16 +64,15 @@ def dockerd() -> Iterator[DockerDaemon]:
 
 @pytest.fixture
 def docker(dockerd: DockerDaemon) -> Iterator[DockerDaemon]:
-    """The dockerd, which has no images before a test nor after it."""
+    """The dockerd, which has no images before a test nor after it, and knows nobody."""
     yield dockerd
-    images = set(dockerd("image", "ls", "--all", "--quiet", "--no-trunc").split())
-    if images:
-        dockerd.forget(*images)
+    dockerd.clear()
 
 
 @pytest.fixture
-def docker_py(docker: DockerDaemon) -> Iterator[DockerClient]:
+def docker_py(docker: DockerDaemon, monkeypatch: pytest.MonkeyPatch) -> Iterator[DockerClient]:
     """docker's library for Python, connected to the dockerd."""
+    monkeypatch.setenv("DOCKER_CONFIG", docker.environment_of_clients["DOCKER_CONFIG"])
     client = DockerClient(base_url=docker.socket)
     yield client
     client.close()

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import http.client
+import json
 import re
 import ssl
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 from urllib.parse import urljoin, urlsplit
 
 _PIECE = 1 << 20
@@ -21,6 +22,11 @@ class Answer:
     status: int
     headers: http.client.HTTPMessage
     body: bytes
+
+    @property
+    def json(self) -> Any:
+        """The body."""
+        return json.loads(self.body)
 
     @property
     def location(self) -> str:

@@ -8,86 +8,43 @@ import ssl
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from tests.clients.team import PASSWORD, Team, team_registry
 from tests.conftest import needs
+from tests.services.certificates import Authority
 from tests.services.containers import ContainerTools
 from tests.services.images import Layout, packed_image, random_layer, write_layout
-from tests.services.processes import Program, free_port, is_open, run, wait_until
+from tests.services.processes import wait_until
 
 pytestmark = [needs("openssl", "skopeo"), pytest.mark.clients]
-
-PASSWORD = "correct horse"
-
-
-def make_certificate(directory: Path) -> None:
-    """Write a certificate that signs itself, for 127.0.0.1, and its key."""
-    key = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-keyout", str(directory / "tls.key")]
-    name = ["-days", "2", "-subj", "/CN=registry", "-addext", "subjectAltName=IP:127.0.0.1"]
-    run("openssl", "req", "-x509", *key, *name, "-out", str(directory / "tls.crt"))
-
-
-@dataclass
-class Team:
-    """A registry over TLS; `hythe` runs a command on its data."""
-
-    directory: Path
-    port: int
-
-    def hythe(self, *arguments: str, standard_input: str = "") -> str:
-        command = [sys.executable, "-m", "hythe", *arguments, "--data", str(self.directory / "data")]
-        done = subprocess.run(command, check=False, capture_output=True, text=True, input=standard_input, timeout=60)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-    @property
-    def address(self) -> str:
-        return f"127.0.0.1:{self.port}"
-
-    def certificate(self) -> str:
-        """Return what a new connection is shown, as PEM."""
-        return ssl.get_server_certificate(("127.0.0.1", self.port))
-
-    def connect(self) -> ssl.SSLSocket:
-        context = ssl.create_default_context(cafile=str(self.directory / "tls.crt"))
-        return context.wrap_socket(socket.create_connection(("127.0.0.1", self.port)), server_hostname="127.0.0.1")
 
 
 @pytest.fixture
 def team(scratch: Path) -> Iterator[Team]:
-    make_certificate(scratch)
-    made = Team(scratch, free_port())
-    made.hythe("user", "add", "--admin", "alice", "--password-stdin", standard_input=PASSWORD)
-    made.hythe("user", "add", "bob", "--password-stdin", standard_input=PASSWORD)
-    made.hythe("team", "add", "dev")
-    made.hythe("team", "join", "dev", "bob")
-    made.hythe("grant", "push", "work", "team:dev")
-    made.hythe("grant", "pull", "public", "everybody")
-    command = [sys.executable, "-m", "hythe", "serve", "--listen", f"127.0.0.1:{made.port}"]
-    environment = {
-        "HYTHE_TLS__CERTIFICATE": str(scratch / "tls.crt"),
-        "HYTHE_TLS__KEY": str(scratch / "tls.key"),
-        "HYTHE_SERVER__HEAD_SECONDS": "2",
-    }
-    server = Program([*command, "--data", str(scratch / "data")], scratch / "hythe.log", environment)
-    server.start()
-    try:
-        wait_until(lambda: is_open(made.port), "the server")
-        yield made
-    finally:
-        server.stop()
+    with team_registry(scratch, with_tls=True, environment={"HYTHE_SERVER__HEAD_SECONDS": "2"}) as running:
+        yield running
+
+
+def certificate(team: Team) -> str:
+    """Return what a new connection is shown, as PEM."""
+    return ssl.get_server_certificate((team.host, team.port))
+
+
+def connect(team: Team) -> ssl.SSLSocket:
+    trust = team.trust()
+    assert trust
+    return trust.wrap_socket(socket.create_connection((team.host, team.port)), server_hostname=team.host)
 
 
 def test_a_team_pushes_where_it_may_and_everybody_pulls_what_is_public(
     team: Team, tools: ContainerTools, scratch: Path
 ) -> None:
     layout = write_layout(scratch / "in", packed_image([random_layer(), random_layer(3_000_000)]))
-    trust = scratch / "trust"
-    trust.mkdir()
-    (trust / "ca.crt").write_bytes((scratch / "tls.crt").read_bytes())
+    assert team.authority
+    trust = team.authority.for_clients
 
     def push(name: str, who: str) -> None:
         target = f"docker://{team.address}/{name}:1"
@@ -112,24 +69,25 @@ def test_a_team_pushes_where_it_may_and_everybody_pulls_what_is_public(
 
 
 def test_a_new_certificate_is_shown_and_no_connection_is_lost(team: Team) -> None:
-    before = team.certificate()
-    with team.connect() as connection:
-        make_certificate(team.directory)
+    before = certificate(team)
+    assert team.authority
+    with connect(team) as connection:
+        team.authority.sign(team.directory, team.host)
 
         # The old connection is used all the while: a silent one would be ended, as it should be.
         def is_renewed() -> bool:
             connection.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
             assert connection.recv(1000).startswith(b"HTTP/1.1 200")
-            return team.certificate() != before
+            return certificate(team) != before
 
         wait_until(is_renewed, "the new certificate")
 
 
 def test_a_certificate_without_its_key_changes_nothing(team: Team) -> None:
-    before = team.certificate()
+    before = certificate(team)
     (team.directory / "tls.key").write_text("not a key")
-    wait_until(lambda: "stays as it was" in (team.directory / "hythe.log").read_text(), "the look at the files")
-    assert team.certificate() == before
+    wait_until(lambda: "stays as it was" in team.log.read_text(), "the look at the files")
+    assert certificate(team) == before
 
 
 def test_old_versions_of_tls_are_not_spoken(team: Team) -> None:
@@ -144,7 +102,7 @@ def test_old_versions_of_tls_are_not_spoken(team: Team) -> None:
 
 
 def test_a_head_that_comes_byte_by_byte_is_not_waited_for(team: Team) -> None:
-    with team.connect() as slow, team.connect() as idle:
+    with connect(team) as slow, connect(team) as idle:
         idle.settimeout(20)
         slow.settimeout(0.3)
         slow.sendall(b"GET /healthz HTTP/1.1\r\n")
@@ -164,7 +122,9 @@ def test_a_head_that_comes_byte_by_byte_is_not_waited_for(team: Team) -> None:
 
 
 def test_an_address_that_others_reach_is_refused_without_accounts(scratch: Path) -> None:
-    make_certificate(scratch)
+    authority = Authority(scratch / "authority")
+    authority.set_up()
+    authority.sign(scratch, "127.0.0.1")
     environment = {"HYTHE_TLS__CERTIFICATE": str(scratch / "tls.crt"), "HYTHE_TLS__KEY": str(scratch / "tls.key")}
     command = [sys.executable, "-m", "hythe", "serve", "--listen", "0.0.0.0:0", "--data", str(scratch / "data")]
     done = subprocess.run(command, check=False, capture_output=True, text=True, env=environment, timeout=60)

@@ -18,6 +18,8 @@ from tests.services.processes import Program, run, wait_until
 
 #: Debian's, where there is another one too: it is the one that came with the daemon.
 CLIENT = "/usr/bin/docker" if Path("/usr/bin/docker").exists() else "docker"
+#: Where dockerd looks for those whom it trusts.
+_SYSTEM = Path("/etc/docker")
 _NO_NETWORK = ("--bridge=none", "--iptables=false", "--ip6tables=false", "--ip-forward=false", "--ip-masq=false")
 
 
@@ -85,12 +87,32 @@ class DockerDaemon(Program):
         """Remove images, so that a pull has to bring them."""
         self("image", "rm", "--force", *images)
 
+    def trust(self, address: str, certificate: Path) -> None:
+        """Let it believe a registry whose certificate was signed by the owner of this one."""
+        place = self._trusted / address
+        place.mkdir(parents=True)
+        shutil.copy(certificate, place / "ca.crt")
+
+    def clear(self) -> None:
+        """Leave nothing over of a test: no image, nobody who is trusted, and a client who is not logged in."""
+        images = set(self("image", "ls", "--all", "--quiet", "--no-trunc").split())
+        if images:
+            self.forget(*images)
+        shutil.rmtree(self._trusted, ignore_errors=True)
+        shutil.rmtree(self.directory / "client")
+        (self.directory / "client").mkdir()
+
+    @property
+    def _trusted(self) -> Path:
+        return self.directory / "etc" / "certs.d"
+
 
 @contextlib.contextmanager
 def docker_daemon(directory: Path) -> Iterator[DockerDaemon]:
     """Run a dockerd with all that is its own in `directory`, while the block lasts."""
     directory.mkdir(parents=True)
     (directory / "client").mkdir()
+    (directory / "etc").mkdir()
     configuration = directory / "daemon.json"
     configuration.write_text(json.dumps({"deprecated-key-path": str(directory / "key.json")}))
     command = ["dockerd", "--config-file", str(configuration), "--host", f"unix://{directory / 'socket'}"]
@@ -98,7 +120,8 @@ def docker_daemon(directory: Path) -> Iterator[DockerDaemon]:
     command += ["--pidfile", str(directory / "pid"), "--storage-driver", "vfs", *_NO_NETWORK]
     # Whatever proxy the machine has is not for loopback.
     direct = {"HTTP_PROXY": "", "HTTPS_PROXY": "", "http_proxy": "", "https_proxy": ""}
-    daemon = DockerDaemon(isolated(*command), directory / "log", direct, directory=directory)
+    replaced = {str(_SYSTEM): directory / "etc"} if _SYSTEM.is_dir() else {}
+    daemon = DockerDaemon(isolated(*command, replaced=replaced), directory / "log", direct, directory=directory)
     try:
         daemon.start()
         yield daemon

@@ -1,4 +1,4 @@
-"""A relay before a server that breaks one connection in the middle, as a bad network does."""
+"""A relay before a server that holds or breaks one connection in the middle, as a bad network does."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ _PIECE = 64 << 10
 
 
 class Relay:
-    """Passes everything on; the first stream that comes to a number of bytes is held there, and cut when told to.
+    """Passes everything on; the first stream that comes to a number of bytes is held there, and cut or let go on
+    when told to.
 
     A stream is one direction of one connection. After it, nothing is held any more.
     """
@@ -20,7 +21,8 @@ class Relay:
         self._port = port
         self._hold_after = hold_after
         self._holds = asyncio.Event()
-        self._cut = asyncio.Event()
+        self._is_decided = asyncio.Event()
+        self._is_cut = False
         self._connections: set[asyncio.Task[None]] = set()
         self._transports: set[asyncio.WriteTransport] = set()
 
@@ -48,7 +50,12 @@ class Relay:
 
     def cut(self) -> None:
         """Break the connection that is held, or will be."""
-        self._cut.set()
+        self._is_cut = True
+        self._is_decided.set()
+
+    def go_on(self) -> None:
+        """Hold the connection no longer."""
+        self._is_decided.set()
 
     async def _relay(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
@@ -75,8 +82,9 @@ class Relay:
             passed += len(piece)
             if passed > self._hold_after and not self._holds.is_set():
                 self._holds.set()
-                await self._cut.wait()
-                raise ConnectionResetError("cut")
+                await self._is_decided.wait()
+                if self._is_cut:
+                    raise ConnectionResetError("cut")
             writer.write(piece)
             await writer.drain()
         with contextlib.suppress(OSError):
