@@ -14,11 +14,13 @@ from typing import Any, Final, ParamSpec, TypeVar
 from registry.access import Right, nodes_above, parse_node, reach
 from registry.config import Settings
 from registry.errors import AccountsError, ConfigurationError, MetadataError
+from registry.lock import held
 from registry.metadata import access_tokens, rules
 from registry.metadata.access_tokens import new_token, secret_hash
 from registry.metadata.audit import Event, audited
 from registry.metadata.engine import Unit, open_database
-from registry.metadata.schema import upgrade
+from registry.metadata.schema import is_current, upgrade
+from registry.metadata.sqlite import sqlite_path
 from registry.metadata.tables import now, rfc3339
 from storage.errors import InvalidName
 
@@ -101,8 +103,18 @@ class Ledger:
         result: T = asyncio.run(self._run(lambda database: database.write(audited, event, unit, *args, **kwargs)))
         return result
 
+    def _bring_up_to_date(self) -> None:
+        """Bring the database to this version, as a server does; not under one that runs, which may be older."""
+        url = self._settings.database.url
+        path = sqlite_path(url)
+        if path is None:
+            upgrade(url)
+        elif not is_current(path):
+            with held([path.resolve().parent / "hythe.lock"]):
+                upgrade(url)
+
     async def _run(self, work: Any) -> Any:
-        upgrade(self._settings.database.url)
+        self._bring_up_to_date()
         database = open_database(self._settings.database.url, sync=self._settings.database.sync, connections=1)
         try:
             return await work(database)

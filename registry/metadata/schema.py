@@ -51,6 +51,11 @@ def upgrade(url: str, scripts: Path | None = None, head: str = migrations.HEAD) 
     return None
 
 
+def is_current(path: Path) -> bool:
+    """Return whether a file is a database of this version. Raises `ConfigurationError` as `upgrade` does."""
+    return path.exists() and _revision_of_file(path) == migrations.HEAD
+
+
 def _upgrade_file(path: Path, scripts: Path, head: str) -> str | None:
     path.parent.mkdir(mode=0o750, parents=True, exist_ok=True)
     current = _revision_of_file(path)

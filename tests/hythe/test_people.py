@@ -14,6 +14,7 @@ import bcrypt
 import pytest
 import requests
 
+from registry.lock import held
 from tests.hythe.test_cli import hythe
 from tests.services.processes import HytheServer, hythe_server
 
@@ -35,6 +36,10 @@ class Desk:
 
     def json(self, *arguments: str) -> Any:
         return json.loads(self.run(*arguments, "--json"))
+
+    def execute(self, sql: str) -> None:
+        with contextlib.closing(sqlite3.connect(self.data / "hythe.db")) as connection, connection:
+            connection.execute(sql)
 
     def content(self) -> list[str]:
         """Return all there is in the database."""
@@ -74,6 +79,14 @@ def test_the_first_account_must_be_an_administrator(tmp_path: Path) -> None:
     desk = Desk(tmp_path / "data")
     assert "add --admin" in desk.run("user", "add", "bob", "--password-stdin", code=1)
     assert "bob is a user now" in desk.run("user", "add", "bob", "--admin", "--password-stdin")
+
+
+def test_a_database_of_an_older_version_is_left_alone_while_a_server_uses_it(desk: Desk) -> None:
+    desk.execute("UPDATE alembic_version SET version_num = '0002'")
+    before = desk.content()
+    with held([desk.data / "hythe.lock"]):
+        assert "another server uses the data" in desk.run("user", "list", code=1)
+    assert desk.content() == before
 
 
 def test_users_are_listed_disabled_enabled_and_removed(desk: Desk, served: HytheServer) -> None:
