@@ -8,10 +8,11 @@ client sends leads anywhere.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import fnmatch
 import ssl
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -30,12 +31,13 @@ _PAUSE: Final = 10.0
 _AGE: Final = 3600.0
 _LEEWAY: Final = 30
 _TOKEN_LIMIT: Final = 16 << 10
+_OK: Final = 200
 
 log = structlog.get_logger()
 
 
 class _Failed(Exception):
-    """An issuer's keys cannot be had, or a token of it is not good."""
+    """A token is not good, or that cannot be known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +81,7 @@ class Issuers:
             if issuer is None:
                 return Vouched(reason="its issuer is not in the configuration")
             return await issuer.read(token)
-        except (jwt.InvalidTokenError, _Failed, ValueError, TypeError, RecursionError) as error:
+        except (jwt.PyJWTError, _Failed, ValueError, TypeError, RecursionError) as error:
             return Vouched(reason=str(error))
 
 
@@ -88,6 +90,7 @@ class _Issuer:
         self._settings = settings
         self._keys: dict[str, Any] = {}
         self._fetched_at = -_AGE
+        self._trouble = ""
         self._fetching = asyncio.Lock()
 
     async def read(self, token: str) -> Vouched:
@@ -116,35 +119,49 @@ class _Issuer:
         async with self._fetching:
             age = time.monotonic() - self._fetched_at
             if age >= _AGE or (key_id not in self._keys and age >= _PAUSE):
-                await self._fetch()
+                self._trouble = await self._fetch()
         if key_id not in self._keys:
-            raise _Failed("its issuer has no such key")
+            raise _Failed(self._trouble or "its issuer has no such key")
         return self._keys[key_id].key
 
-    async def _fetch(self) -> None:
-        import jwt
-
+    async def _fetch(self) -> str:
+        """Fetch the keys anew; return what went wrong: then those that are known go on being good."""
         self._fetched_at = time.monotonic()
-        trust = ssl.create_default_context(cafile=self._settings.ca_file or None)
         timeout = aiohttp.ClientTimeout(total=_PATIENCE)
         try:
+            trust = ssl.create_default_context(cafile=self._settings.ca_file or None)
             async with aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(ssl=trust)) as session:
                 described = await _get(session, self._settings.issuer.rstrip("/") + _WELL_KNOWN)
                 if described.get("issuer") != self._settings.issuer:
-                    raise _Failed("its issuer describes itself as another one")
+                    return "its issuer describes itself as another one"
                 found = await _get(session, str(described.get("jwks_uri")))
-            keys = [key for key in found.get("keys", []) if isinstance(key, dict) and key.get("use", "sig") == "sig"]
-            self._keys = {str(key.get("kid", "")): jwt.PyJWK(key) for key in keys if key.get("kty") != "oct"}
-        except (aiohttp.ClientError, TimeoutError, jwt.PyJWTError, ValueError, AttributeError) as error:
+            self._keys = dict(_usable(found.get("keys", [])))
+        except (aiohttp.ClientError, OSError, ValueError, TypeError) as error:
             log.error("the keys of an issuer cannot be had", issuer=self._settings.issuer, error=repr(error))
-            raise _Failed("the keys of its issuer cannot be had") from None
+            return "the keys of its issuer cannot be had"
+        return ""
 
 
 async def _get(session: aiohttp.ClientSession, url: str) -> dict[str, Any]:
+    body = bytearray()
     async with session.get(url, allow_redirects=False) as response:
-        response.raise_for_status()
-        body = await response.content.read(_ANSWER_LIMIT)
+        if response.status != _OK:
+            raise ValueError(f"{url} is answered {response.status}")
+        async for piece in response.content.iter_any():
+            body += piece
+            if len(body) > _ANSWER_LIMIT:
+                raise ValueError(f"the answer of {url} is too large")
     return msgspec.json.decode(body, type=dict[str, Any])
+
+
+def _usable(keys: Iterable[Any]) -> Iterator[tuple[str, Any]]:
+    """Yield the keys that signatures can be checked by, with their ids; others do not spoil them. [RFC 7517, 5]"""
+    import jwt
+
+    for key in keys:
+        if isinstance(key, dict) and key.get("use", "sig") == "sig" and key.get("kty") != "oct":
+            with contextlib.suppress(jwt.PyJWTError):
+                yield str(key.get("kid", "")), jwt.PyJWK(key)
 
 
 def _matches(rule: IssuerRule, claims: Mapping[str, Any]) -> bool:

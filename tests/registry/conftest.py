@@ -18,8 +18,8 @@ from tests.services.s3 import needs_ceph
 #: Modules whose tests look into files, processes or memory of one host.
 LOCAL: Final = frozenset(
     [
-        *("affinity", "answers", "app", "cache", "chunks", "config", "fresh", "full_disk", "postgres", "schema"),
-        *("server", "sqlite"),
+        *("affinity", "answers", "app", "cache", "chunks", "clients", "config", "fresh", "full_disk", "issuers"),
+        *("limits", "postgres", "schema", "server", "sqlite", "tls"),
     ]
 )
 
