@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import fnmatch
+import re
 import ssl
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -32,6 +33,8 @@ _AGE: Final = 3600.0
 _LEEWAY: Final = 30
 _TOKEN_LIMIT: Final = 16 << 10
 _OK: Final = 200
+#: What `fnmatch` takes for more than itself beside `*`.
+_OTHER_WILDCARDS: Final = re.compile(r"[?\[]")
 
 log = structlog.get_logger()
 
@@ -167,7 +170,8 @@ def _usable(keys: Iterable[Any]) -> Iterator[tuple[str, Any]]:
 def _matches(rule: IssuerRule, claims: Mapping[str, Any]) -> bool:
     """Return whether every claim that the rule names is as it says; `*` stands for any text."""
     return all(
-        name in claims and fnmatch.fnmatchcase(_text(claims[name]), pattern) for name, pattern in rule.claims.items()
+        name in claims and fnmatch.fnmatchcase(_text(claims[name]), _OTHER_WILDCARDS.sub(r"[\g<0>]", pattern))
+        for name, pattern in rule.claims.items()
     )
 
 

@@ -32,6 +32,7 @@ EXCHANGE = "urn:ietf:params:oauth:grant-type:token-exchange"
 ELSEWHERE = "/elsewhere"
 RULES = (
     IssuerRule("ci", {"project_path": "work/*", "ref_protected": "true"}),
+    IssuerRule("special", {"project_path": "lab/[a]?"}),
     IssuerRule("reader", {"project_path": "*"}),
     IssuerRule("numbered", {"runner": "12"}),
     IssuerRule("nobody", {"sub": "of nobody"}),
@@ -64,7 +65,7 @@ async def registry(start: Start, settings: Settings) -> AsyncIterator[Registry]:
     client = await start()
     database = open_database(settings.database.url)
     await database.write(accounts.add, "root", accounts.USER, HASH, admin=True)
-    for name in ("ci", "reader", "numbered"):
+    for name in ("ci", "special", "reader", "numbered"):
         await database.write(accounts.add, name, accounts.ROBOT, None)
     await database.write(rules.grant, "org", "push", "ci", "")
     yield Registry(client, database)
@@ -140,6 +141,8 @@ async def test_the_token_of_a_job_is_good_in_place_of_a_password(
         ({"ref_protected": None}, "reader"),
         ({"project_path": "workshop/app"}, "reader"),
         ({"project_path": "other/work/app"}, "reader"),
+        ({"project_path": "lab/[a]?"}, "special"),
+        ({"project_path": "lab/ab"}, "reader"),
         ({"project_path": None, "runner": 12}, "numbered"),
     ],
 )
