@@ -146,7 +146,8 @@ class Identity:
         scope: what a token for requests is for; None where it is none.
         credential: what came with the request, for the audit.
         token: id of the personal or refresh token behind it, or 0.
-        until: when it ends, in seconds since the epoch.
+        until: when it must be looked at anew, in seconds since the epoch.
+        ends_at: when the credential ends, likewise: nothing that is given for it lasts longer.
         is_known: it said who it is, if only by a token for nobody.
         is_ended: its time is over: it may finish what it began, and nothing else.
     """
@@ -159,6 +160,7 @@ class Identity:
     credential: str = ""
     token: int = 0
     until: float = math.inf
+    ends_at: float = math.inf
     is_known: bool = True
     is_ended: bool = False
 

@@ -51,13 +51,13 @@ class Vouched:
         account: name of the account that it stands for; empty where for none.
         reason: why for none.
         credential: for the audit.
-        until: when it ends, in seconds since the epoch.
+        ends_at: when it ends, in seconds since the epoch.
     """
 
     account: str = ""
     reason: str = ""
     credential: str = ""
-    until: float = 0.0
+    ends_at: float = 0.0
 
 
 def looks_like_one(text: str) -> bool:
@@ -112,10 +112,14 @@ class _Issuer:
             leeway=_LEEWAY,
             options={"require": ["exp", "iat", "sub"]},
         )
+        ends_at = float(claims["exp"])
+        if ends_at <= time.time():
+            # Clocks may differ where it begins; what is given for it could not be used any more.
+            raise _Failed("it has ended")
         credential = f"token of {self._settings.issuer} for {claims['sub']}"[:256]
         for rule in self._settings.rules:
             if _matches(rule, claims):
-                return Vouched(rule.account, credential=credential, until=float(claims["exp"]))
+                return Vouched(rule.account, credential=credential, ends_at=ends_at)
         return Vouched(reason="no rule of the configuration matches its claims", credential=credential)
 
     async def _key(self, key_id: str) -> Any:

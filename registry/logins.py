@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import time
 from collections.abc import Sequence
 from typing import Final
@@ -104,7 +105,7 @@ class Logins:
                 reason = vouched.reason or f"there is no account {vouched.account}, or it is disabled"
                 raise LoginFailed(name, f"token of another issuer: {reason}")
             attempt.is_good = True
-        return identity_of(found, vouched.credential, min(vouched.until, time.time() + _VERDICT_SECONDS))
+        return identity_of(found, vouched.credential, time.time() + _VERDICT_SECONDS, vouched.ends_at)
 
     async def _improve(self, found: Principal, password: str) -> None:
         """Keep a password of our own by our own hash, if it came from elsewhere."""
@@ -117,11 +118,11 @@ class Logins:
             log.warning("a password is not hashed anew yet", error=str(error))
 
 
-def identity_of(found: Principal, credential: str, until: float) -> Identity:
-    """Return who an account is, to those who decide. `until` is in seconds since the epoch."""
+def identity_of(found: Principal, credential: str, until: float, ends_at: float = math.inf) -> Identity:
+    """Return who an account is, to those who decide. `until` and `ends_at` are in seconds since the epoch."""
     token = found.token
     if token is not None and token.ends_at is not None:
-        until = min(until, token.ends_at / _SECOND)
+        ends_at = min(ends_at, token.ends_at / _SECOND)
     return Identity(
         name=found.account.name,
         account=found.account.id,
@@ -129,7 +130,8 @@ def identity_of(found: Principal, credential: str, until: float) -> Identity:
         bound=bound_of(token.scope) if token else None,
         credential=credential,
         token=token.id if token else 0,
-        until=until,
+        until=min(until, ends_at),
+        ends_at=ends_at,
     )
 
 

@@ -12,6 +12,7 @@ request, so it gives nothing that was taken away meanwhile.
 
 from __future__ import annotations
 
+import time
 from typing import Final
 from urllib.parse import parse_qsl
 
@@ -100,17 +101,18 @@ class Tokens:
         scope = identity.granted(asked.getall("scope", []))
         if wants_refresh and not refresh:
             refresh = await self._new_refresh(call, identity)
-        token = await self._sign(identity, scope)
+        seconds = int(min(self._settings.token_seconds, identity.ends_at - time.time()))
+        token = await self._sign(identity, scope, seconds)
         answer = {
             "token": token,
             "access_token": token,
-            "expires_in": self._settings.token_seconds,
+            "expires_in": seconds,
             "issued_at": rfc3339(now()),
         }
         answer |= {"refresh_token": refresh} if refresh else {}
         return json_response(answer, headers={hdrs.CACHE_CONTROL: "no-store"})
 
-    async def _sign(self, identity: Identity, scope: Scope) -> str:
+    async def _sign(self, identity: Identity, scope: Scope, seconds: int) -> str:
         claims = {
             "access": scope.as_claim(),
             "account": identity.account,
@@ -118,7 +120,7 @@ class Tokens:
             "by": identity.credential,
             "at": now(),
         }
-        return await self._signer.sign(identity.name, self._settings.token_seconds, claims)
+        return await self._signer.sign(identity.name, seconds, claims)
 
     async def _new_refresh(self, call: Call, identity: Identity) -> str:
         """Return a token to keep instead of a password; none for who came by a token, which is to be kept itself."""

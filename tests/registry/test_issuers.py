@@ -152,6 +152,14 @@ async def test_a_token_stands_for_the_account_of_the_first_rule_that_matches(
     assert claims_of(await log_in(registry, ci.token(**claims)))["sub"] == account
 
 
+async def test_what_is_granted_ends_no_later_than_the_token_of_the_issuer(registry: Registry, ci: Issuer) -> None:
+    end = int(time.time()) + 100
+    for answer in (await log_in(registry, ci.token(exp=end)), await exchange(registry, ci.token(exp=end))):
+        assert claims_of(answer)["exp"] <= end
+        assert answer.json["expires_in"] <= 100
+    assert (await log_in(registry, ci.token())).json["expires_in"] == 300
+
+
 async def test_an_account_that_is_disabled_gets_nothing_by_it(registry: Registry, ci: Issuer) -> None:
     token = ci.token()
     path = f"/v2/{NAME}/blobs/uploads/"
@@ -198,6 +206,7 @@ NOT_GOOD: dict[str, tuple[Callable[[Issuer], str], str]] = {
     "of another issuer": (lambda ci: ci.token(iss="https://elsewhere.test"), "not in the configuration"),
     "of no issuer": (lambda ci: ci.token(iss=None), "not in the configuration"),
     "ended": (lambda ci: ci.token(exp=int(time.time()) - 60), "expired"),
+    "ended just now": (lambda ci: ci.token(exp=int(time.time()) - 2), "ended"),
     "without an end": (lambda ci: ci.token(exp=None), "exp"),
     "without a subject": (lambda ci: ci.token(sub=None), "sub"),
     "not valid yet": (lambda ci: ci.token(nbf=int(time.time()) + 300), "not yet valid"),
