@@ -37,6 +37,8 @@ _BODY_LIMIT: Final = 64 << 10
 _FIELDS_LIMIT: Final = 1000
 _DAY: Final = 86400 * 1_000_000
 _EXCHANGE: Final = "urn:ietf:params:oauth:grant-type:token-exchange"
+#: [RFC 8693, 3] What is given for it.
+_GIVEN: Final = "urn:ietf:params:oauth:token-type:access_token"
 
 
 class Tokens:
@@ -106,10 +108,12 @@ class Tokens:
         answer = {
             "token": token,
             "access_token": token,
+            "token_type": "Bearer",
             "expires_in": seconds,
             "issued_at": rfc3339(now()),
         }
         answer |= {"refresh_token": refresh} if refresh else {}
+        answer |= {"issued_token_type": _GIVEN} if asked.get("grant_type") == _EXCHANGE else {}
         return json_response(answer, headers={hdrs.CACHE_CONTROL: "no-store"})
 
     async def _sign(self, identity: Identity, scope: Scope, seconds: int) -> str:

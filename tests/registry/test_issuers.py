@@ -130,6 +130,12 @@ async def test_the_token_of_a_job_is_good_in_place_of_a_password(
     assert ci.asked == [DESCRIPTION, KEYS]
 
 
+async def test_an_exchange_is_answered_as_other_clients_expect_it(registry: Registry, ci: Issuer) -> None:
+    answer = await exchange(registry, ci.token())
+    assert answer.json["issued_token_type"] == "urn:ietf:params:oauth:token-type:access_token"
+    assert answer.json["token_type"] == "Bearer"
+
+
 @pytest.mark.parametrize(
     ("claims", "account"),
     [
