@@ -17,7 +17,7 @@ from aiohttp import web
 from registry.access import OPEN, Identity
 from registry.clients import Clients
 from registry.errors import MetadataError
-from registry.logs import Lines
+from registry.logs import Lines, printable
 from registry.metadata import audit
 from registry.metadata.audit import REFUSED, Event
 from registry.metadata.engine import Database
@@ -65,12 +65,12 @@ class Auditor:
     ) -> Event:
         return Event(
             actor=identity.name,
-            credential=identity.credential,
+            credential=printable(identity.credential),
             address=self._clients.address(request),
             action=action,
             repository=repository,
-            target=target[:256],
-            detail=detail[:1000],
+            target=printable(target[:256]),
+            detail=printable(detail[:1000]),
             request_id=request.get(REQUEST_ID, ""),
         )
 

@@ -25,6 +25,7 @@ from registry.calls import Call
 from registry.config import AccountSettings
 from registry.credentials import Credentials
 from registry.errors import BadRequest, Unauthorized
+from registry.logs import printable
 from registry.metadata import access_tokens
 from registry.metadata.audit import audited
 from registry.metadata.engine import Database
@@ -131,7 +132,7 @@ class Tokens:
         if not identity.account or identity.credential != "password" or not self._settings.refresh_days:
             return ""
         token = access_tokens.new_token()
-        name = call.parameter("client_id") or "docker login"
+        name = printable(call.parameter("client_id") or "docker login")
         event = self._auditor.event(call.request, identity, "login.keep", target=name)
         await self._database.write(
             audited,

@@ -79,7 +79,7 @@ def new_token() -> str:
 
 def secret_hash(token: str) -> str:
     """Return what is kept of a token."""
-    return Digest.of(token.encode()).hex
+    return Digest.of(token.encode(errors="surrogateescape")).hex
 
 
 def add(

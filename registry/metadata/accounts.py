@@ -72,8 +72,8 @@ def checked_name(name: str) -> str:
 
 
 def find(connection: Connection, name: str) -> Account | None:
-    """Return the account called `name`."""
-    row = _by_name.first(connection, name=name)
+    """Return the account called `name`, whatever somebody wrote there."""
+    row = _by_name.first(connection, name=name) if _NAME.fullmatch(name) else None
     return _account(row) if row else None
 
 
