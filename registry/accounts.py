@@ -17,6 +17,9 @@ from registry.passwords import hash_password, read_htpasswd
 #: Seconds between two looks at the file.
 _PAUSE: Final = 5.0
 
+#: Of a file: it is another one where any of these is.
+_State = tuple[int, int, int] | None
+
 log = structlog.get_logger()
 
 
@@ -28,7 +31,7 @@ async def make_accounts(database: Database, settings: AccountSettings) -> bool:
         MetadataError: the database does not answer.
     """
     if settings.htpasswd:
-        await Follower(database, Path(settings.htpasswd)).look()
+        await Follower(database, Path(settings.htpasswd)).read()
     found = await database.read(policy.find)
     if settings.admin_password and not found.has_accounts:
         try:
@@ -48,31 +51,50 @@ class Follower:
         """Follow the file at `path`."""
         self._database = database
         self._path = path
-        self._seen: tuple[int, int, int] | None = None
+        #: The file as it was at the last look, and as it was when it was read.
+        self._seen: _State = None
+        self._read: _State = None
 
-    async def look(self) -> None:
-        """Read the file if it changed. Raises `ConfigurationError` where it cannot be used; nothing changes then."""
+    async def read(self) -> None:
+        """Let accounts be those of the file.
+
+        Raises:
+            ConfigurationError: it cannot be used; nothing changes then.
+            MetadataError: the database does not answer.
+        """
         state = await asyncio.to_thread(self._state)
-        if state == self._seen and state is not None:
-            return
         passwords = await asyncio.to_thread(read_htpasswd, self._path)
-        changed, foreign = await self._database.write(accounts.follow, passwords)
-        self._seen = state
+        try:
+            changed, foreign = await self._database.write(accounts.follow, passwords)
+        except AccountsError as error:
+            raise ConfigurationError(f"{self._path}: {error}") from None
+        self._read = state
         if changed:
             log.info("accounts follow the htpasswd file", changed=", ".join(changed))
         for name in foreign:
             log.warning("an account of this name does not come from the htpasswd file, and stays as it is", name=name)
 
+    async def look(self) -> None:
+        """Read the file if it is not the one that was read, and has stood still since the last look.
+
+        One that is being written lacks those who come last in it.
+        """
+        state = await asyncio.to_thread(self._state)
+        is_still, self._seen = state == self._seen, state
+        if not is_still or (state is not None and state == self._read):
+            return
+        try:
+            await self.read()
+        except (ConfigurationError, MetadataError) as error:
+            log.error("accounts do not follow the htpasswd file", error=str(error))
+
     async def keep_looking(self) -> None:
         """Look again and again, until cancelled."""
         while True:
             await asyncio.sleep(_PAUSE)
-            try:
-                await self.look()
-            except (ConfigurationError, AccountsError, MetadataError) as error:
-                log.error("accounts do not follow the htpasswd file", error=str(error))
+            await self.look()
 
-    def _state(self) -> tuple[int, int, int] | None:
+    def _state(self) -> _State:
         try:
             status = self._path.stat()
         except OSError:

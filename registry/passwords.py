@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import secrets
 from collections.abc import Iterator
 from functools import cache
@@ -22,6 +23,7 @@ _THREADS: Final = 2
 _WAITING_LIMIT: Final = 64
 #: bcrypt looks at no more bytes of a password, and its library refuses more.
 _BCRYPT_LIMIT: Final = 72
+_BCRYPT: Final = re.compile(r"\$2[aby]\$[0-9]{2}\$[./A-Za-z0-9]{53}")
 _PASSWORD_MINIMUM: Final = 8
 _PASSWORD_LIMIT: Final = 1024
 
@@ -86,8 +88,9 @@ def _entries(path: Path, text: str) -> Iterator[tuple[str, str]]:
         if not line.strip() or line.startswith("#"):
             continue
         name, _, hashed = line.strip().partition(":")
-        if not hashed.startswith(("$2y$", "$2b$", "$2a$")):
-            raise ConfigurationError(f"{path}, line {number}: not bcrypt: make it with htpasswd -B")
+        # To its last character: of a line that is still being written, there is only the beginning.
+        if not _BCRYPT.fullmatch(hashed):
+            raise ConfigurationError(f"{path}, line {number}: not a bcrypt hash: make it with htpasswd -B")
         yield name, hashed
 
 
