@@ -148,9 +148,9 @@ def _kind_of(found: Principal) -> str:
 def _reason(found: Principal | None, *, is_right: bool) -> str:
     if found is None:
         return "there is no such account"
-    if found.account.password is None:
-        return "the account has no password"
-    return "the account is disabled" if is_right else "wrong password"
+    if found.account.is_disabled and (is_right or found.account.password is None):
+        return "the account is disabled"
+    return "the account has no password" if found.account.password is None else "wrong password"
 
 
 async def _wait_until(moment: float) -> None:

@@ -188,7 +188,8 @@ def remove(connection: Connection, name: str) -> None:
 def follow(connection: Connection, passwords: Mapping[str, str]) -> tuple[list[str], list[str]]:
     """Let the accounts that come from a file be those of `passwords`, hashes by name.
 
-    Who is not named any more is disabled: what he may do, and his tokens, are there again if he comes back.
+    Who is not named any more is disabled, and has no password: what he may do, and his tokens, are there again if he
+    comes back. Who was disabled by hand stays so.
 
     Returns:
         Names of accounts that were added or changed, and names in the file that belong to accounts of another source.
@@ -204,15 +205,16 @@ def follow(connection: Connection, passwords: Mapping[str, str]) -> tuple[list[s
         elif found.source != HTPASSWD or found.name != name:
             foreign.append(name)
             continue
-        elif found.password != password or found.is_disabled:
-            _change(connection, found.id, password=password, is_disabled=False)
+        elif found.password != password:
+            was_gone = found.password is None
+            _change(connection, found.id, password=password, is_disabled=found.is_disabled and not was_gone)
             _forget_logins(connection, found.id)
         else:
             continue
         changed.append(name)
     for found in known.values():
-        if found.source == HTPASSWD and not found.is_disabled and found.name not in passwords:
-            _change(connection, found.id, is_disabled=True)
+        if found.source == HTPASSWD and found.password is not None and found.name not in passwords:
+            _change(connection, found.id, password=None, is_disabled=True)
             _forget_logins(connection, found.id)
             changed.append(found.name)
     return changed, foreign

@@ -193,6 +193,18 @@ async def test_who_is_taken_out_of_it_is_disabled_at_once_and_may_what_he_might_
     assert await status(registry, "alice", personal) == 202
 
 
+async def test_who_was_disabled_by_hand_stays_so_whatever_the_file_says(
+    registry: Registry, follower: Follower, users: Path
+) -> None:
+    await registry.database.write(accounts.set_disabled, "alice", disabled=True)
+    await follower.read()
+    write(users, line("alice", OTHER))
+    await follow(follower)
+    assert await status(registry, "alice", OTHER) == 401
+    await registry.database.write(accounts.set_disabled, "alice", disabled=False)
+    assert await status(registry, "alice", OTHER) == 202
+
+
 async def test_a_file_that_is_still_being_written_is_left_alone(
     registry: Registry, follower: Follower, users: Path
 ) -> None:
