@@ -30,18 +30,21 @@ async def make_accounts(database: Database, settings: AccountSettings) -> bool:
         ConfigurationError: they cannot be made as they are named.
         MetadataError: the database does not answer.
     """
-    if settings.htpasswd:
-        await Follower(database, Path(settings.htpasswd)).read()
-    found = await database.read(policy.find)
-    if settings.admin_password and not found.has_accounts:
+    if settings.admin_password and not await _has_accounts(database):
         try:
             password = await asyncio.to_thread(hash_password, settings.admin_password)
             if await database.write(accounts.add_first, accounts.checked_name(settings.admin), password):
                 log.info("the first account was made", name=settings.admin)
         except AccountsError as error:
             raise ConfigurationError(f"accounts.admin, accounts.admin_password: {error}") from None
-        return True
-    return found.has_accounts
+    if settings.htpasswd:
+        # After the administrator: where these are, he is not made any more.
+        await Follower(database, Path(settings.htpasswd)).read()
+    return await _has_accounts(database)
+
+
+async def _has_accounts(database: Database) -> bool:
+    return (await database.read(policy.find)).has_accounts
 
 
 class Follower:
