@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 import uuid
 from collections.abc import Mapping
@@ -38,8 +39,10 @@ class Signer:
         self._database = database
         self._service = settings.service
         self._age = settings.key_days * 86400 * _SECOND
+        self._kept = (settings.token_seconds + GRACE + _LEEWAY) * _SECOND
         self._public: dict[str, Any] = {}
         self._newest: tuple[str, Any, int] | None = None
+        self._looking = asyncio.Lock()
         self._looked_at = -_PATIENCE
 
     async def sign(self, subject: str, seconds: int, claims: Mapping[str, Any]) -> str:
@@ -83,10 +86,13 @@ class Signer:
 
     async def _find(self, key_id: str) -> Any:
         """Return the public half of a key; another process may have made it a moment ago."""
-        now = time.monotonic()
-        if key_id not in self._public and now - self._looked_at >= _PATIENCE:
-            self._looked_at = now
-            self._learn(await self._database.read(keys.everything))
+        if key_id not in self._public:
+            # Whoever else has a token of it waits for the same look.
+            async with self._looking:
+                now = time.monotonic()
+                if key_id not in self._public and now - self._looked_at >= _PATIENCE:
+                    self._looked_at = now
+                    self._learn(await self._database.read(keys.everything))
         if key_id not in self._public:
             raise InvalidToken("it was signed by a key that is not known here")
         return self._public[key_id]
@@ -94,8 +100,7 @@ class Signer:
     async def _current(self) -> tuple[str, Any, int]:
         """Return the key to sign by: a new one where the last is too old."""
         if self._newest is None or self._newest[2] <= time.time_ns() // 1000 - self._age:
-            kept = (GRACE + _LEEWAY) * _SECOND
-            self._learn(await self._database.write(keys.renew, uuid.uuid4().hex, _make(), self._age, kept))
+            self._learn(await self._database.write(keys.renew, uuid.uuid4().hex, _make(), self._age, self._kept))
         assert self._newest is not None
         return self._newest
 
