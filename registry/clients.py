@@ -64,11 +64,13 @@ class Clients:
 
 def _is_address(text: str) -> bool:
     try:
-        ipaddress.ip_address(text)
+        parsed = ipaddress.ip_address(text)
     except ValueError:
         return False
-    return True
+    # A zone means nothing on another host, and can be any text.
+    return getattr(parsed, "scope_id", None) is None
 
 
 def _last(request: web.BaseRequest, header: str) -> str:
-    return request.headers.get(header, "").rpartition(",")[2].strip()
+    """Return what the last proxy says, be it in a header of its own or at the end of one that came to it."""
+    return ",".join(request.headers.getall(header, [])).rpartition(",")[2].strip()
