@@ -15,8 +15,8 @@ from registry.config import ServerSettings, Settings
 from registry.metadata import accounts, audit
 from registry.metadata.engine import open_database
 from tests.conftest import Start
+from tests.registry.accounts import HASH, basic
 from tests.registry.talk import ask
-from tests.registry.test_accounts import HASH, basic
 
 #: The proxy that connects, those before it, the client, and whoever he says that he is.
 PROXY, BEFORE, CLIENT, SPOOFED = "127.0.0.1", "10.1.2.3", "192.0.2.7", "198.51.100.1"

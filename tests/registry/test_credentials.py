@@ -4,16 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import base64
-from collections.abc import AsyncIterator
 
-import pytest
-
-from registry.config import Settings
-from registry.metadata import access_tokens, accounts, audit
-from registry.metadata.engine import open_database
-from tests.conftest import Start
+from registry.metadata import access_tokens, audit
+from tests.registry.accounts import Registry, basic
 from tests.registry.talk import ask, wire
-from tests.registry.test_accounts import HASH, Registry, basic
 
 #: What is no name, no password and no token, as it stands in the header.
 STRANGE = {
@@ -30,15 +24,6 @@ STRANGE = {
     "another kind": b"Digest \xff",
     "nothing": b"",
 }
-
-
-@pytest.fixture
-async def registry(start: Start, settings: Settings) -> AsyncIterator[Registry]:
-    client = await start()
-    database = open_database(settings.database.url)
-    await database.write(accounts.add, "root", accounts.USER, HASH, admin=True)
-    yield Registry(client, database)
-    await database.close()
 
 
 async def test_credentials_of_any_bytes_are_refused_and_the_audit_has_them_all(registry: Registry) -> None:

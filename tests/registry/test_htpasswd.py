@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import bcrypt
@@ -11,14 +10,14 @@ import pytest
 from structlog.testing import capture_logs
 
 from registry.accounts import Follower, make_accounts
-from registry.config import AccountSettings, Settings
+from registry.config import AccountSettings
 from registry.errors import AccountsError, ConfigurationError
 from registry.metadata import accounts, rules
-from registry.metadata.engine import Database, open_database
+from registry.metadata.engine import Database
 from registry.passwords import hash_password, read_htpasswd
 from tests.conftest import Start
+from tests.registry.accounts import NAME, PASSWORD, Registry, basic
 from tests.registry.talk import ask
-from tests.registry.test_accounts import NAME, PASSWORD, Registry, basic
 from tests.registry.test_server import refused
 
 UPLOADS = f"/v2/{NAME}/blobs/uploads/"
@@ -53,15 +52,11 @@ def users(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-async def registry(start: Start, settings: Settings, users: Path) -> AsyncIterator[Registry]:
-    """One whose administrator is its own account, and alice, who may push, of the file."""
-    database = open_database(settings.database.url)
-    own = AccountSettings(admin="root", admin_password=PASSWORD)
-    await make_accounts(database, own)
-    await make_accounts(database, AccountSettings(htpasswd=str(users)))
-    await database.write(rules.grant, "org", "push", "alice", "")
-    yield Registry(await start(), database)
-    await database.close()
+async def registry(registry: Registry, users: Path) -> Registry:
+    """One with alice of the file, who may push."""
+    await make_accounts(registry.database, AccountSettings(htpasswd=str(users)))
+    await registry.database.write(rules.grant, "org", "push", "alice", "")
+    return registry
 
 
 @pytest.fixture

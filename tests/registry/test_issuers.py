@@ -20,10 +20,8 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from registry.config import IssuerRule, IssuerSettings, Settings
 from registry.metadata import accounts, audit, rules
-from registry.metadata.engine import open_database
-from tests.conftest import Start
+from tests.registry.accounts import EVERYTHING, NAME, Registry, basic
 from tests.registry.talk import Answer, ask
-from tests.registry.test_accounts import EVERYTHING, HASH, NAME, Registry, basic
 from tests.services.authority import Authority
 from tests.services.clock import Clock
 from tests.services.issuer import AUDIENCE, DESCRIPTION, KEYS, Issuer, issuer
@@ -61,15 +59,11 @@ def settings(settings: Settings, ci: Issuer, trusted: str) -> Settings:
 
 
 @pytest.fixture
-async def registry(start: Start, settings: Settings) -> AsyncIterator[Registry]:
-    client = await start()
-    database = open_database(settings.database.url)
-    await database.write(accounts.add, "root", accounts.USER, HASH, admin=True)
+async def registry(registry: Registry) -> Registry:
     for name in ("ci", "special", "reader", "numbered"):
-        await database.write(accounts.add, name, accounts.ROBOT, None)
-    await database.write(rules.grant, "org", "push", "ci", "")
-    yield Registry(client, database)
-    await database.close()
+        await registry.database.write(accounts.add, name, accounts.ROBOT, None)
+    await registry.database.write(rules.grant, "org", "push", "ci", "")
+    return registry
 
 
 @pytest.fixture
