@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
 import time
 from collections import OrderedDict
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
 from typing import Final
 
 from registry.errors import TooManyRequests
@@ -17,6 +18,10 @@ _KEYS_LIMIT: Final = 20_000
 #: Failures before anybody must wait, and the longest wait, in seconds: for one account, and for one address.
 _ACCOUNT_FREE, _ACCOUNT_WAIT = 10, 60.0
 _ADDRESS_FREE, _ADDRESS_WAIT = 20, 900.0
+#: Attempts at one account, or from one address, that are looked at at once.
+_AT_ONCE: Final = 4
+#: Names of accounts are no longer; what is longer need not be told apart.
+_NAME_LIMIT: Final = 64
 #: Seconds after which failures are forgotten.
 _FORGOTTEN: Final = 900.0
 
@@ -56,52 +61,63 @@ class Rate:
 
 @dataclass(slots=True)
 class _Failures:
+    """Of one account, or from one address: how many are free, and how long one must wait after more, in seconds."""
+
+    free: int
+    longest: float
     count: int = 0
     last: float = 0.0
+    turn: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(_AT_ONCE))
+
+    def add(self) -> None:
+        """Count one more."""
+        self.count += 1
+        self.last = time.monotonic()
+
+    def wait(self) -> float:
+        """Return the seconds until there may be another attempt."""
+        since = time.monotonic() - self.last
+        if since > _FORGOTTEN:
+            self.count = 0
+        if self.count < self.free:
+            return 0
+        return min(self.longest, 2.0 ** min(self.count - self.free, 20)) - since
 
 
 class LoginLimits:
     """Lets whoever fails to log in wait, longer each time.
 
-    An attempt counts as failed until it is known that it is not: many at once gain nothing.
+    Attempts at one account, or from one address, take turns. So those that come at once gain nothing by it if they are
+    guesses, and are not taken for guesses if they are good.
     """
 
     def __init__(self) -> None:
         self._failures: OrderedDict[str, _Failures] = OrderedDict()
 
-    @contextmanager
-    def attempt(self, name: str, address: str) -> Iterator[Attempt]:
+    @asynccontextmanager
+    async def attempt(self, name: str, address: str) -> AsyncIterator[Attempt]:
         """Be an attempt to log in as `name`, empty where it is not by name; raises `TooManyRequests`."""
-        kept = [(f"address {network_of(address)}", _ADDRESS_FREE, _ADDRESS_WAIT)]
-        kept += [(f"account {name.lower()}", _ACCOUNT_FREE, _ACCOUNT_WAIT)] if name else []
-        now = time.monotonic()
-        wait = max(self._wait(key, free, longest, now) for key, free, longest in kept)
-        if wait > 0:
-            raise TooManyRequests("too many failed logins: wait before you try again", headers=retry_after(wait))
-        entries = [self._count(key, now) for key, _, _ in kept]
-        attempt = Attempt()
-        try:
-            yield attempt
-        finally:
-            if attempt.is_good:
-                # The account starts anew; of an address, only this attempt is forgiven: others come from there too.
-                entries[0].count -= 1
-                for entry in entries[1:]:
-                    entry.count = 0
+        entries = [self._entry(f"address {network_of(address)}", _ADDRESS_FREE, _ADDRESS_WAIT)]
+        entries += [self._entry(f"account {name[:_NAME_LIMIT].lower()}", _ACCOUNT_FREE, _ACCOUNT_WAIT)] if name else []
+        async with AsyncExitStack() as turns:
+            for entry in entries:
+                await turns.enter_async_context(entry.turn)
+            if (wait := max(entry.wait() for entry in entries)) > 0:
+                raise TooManyRequests("too many failed logins: wait before you try again", headers=retry_after(wait))
+            attempt = Attempt()
+            try:
+                yield attempt
+            finally:
+                if attempt.is_good is False:
+                    for entry in entries:
+                        entry.add()
+                elif attempt.is_good:
+                    # The account starts anew; the address does not: others come from there too.
+                    for entry in entries[1:]:
+                        entry.count = 0
 
-    def _wait(self, key: str, free: int, longest: float, now: float) -> float:
-        entry = self._failures.get(key)
-        if entry is None or entry.count < free:
-            return 0
-        pause = min(longest, 2.0 ** min(entry.count - free, 20))
-        return entry.last + pause - now
-
-    def _count(self, key: str, now: float) -> _Failures:
-        entry = self._failures.pop(key, None)
-        if entry is None or now - entry.last > _FORGOTTEN:
-            entry = _Failures()
-        entry.count += 1
-        entry.last = now
+    def _entry(self, key: str, free: int, longest: float) -> _Failures:
+        entry = self._failures.pop(key, None) or _Failures(free, longest)
         self._failures[key] = entry
         if len(self._failures) > _KEYS_LIMIT:
             self._failures.popitem(last=False)
@@ -110,9 +126,9 @@ class LoginLimits:
 
 @dataclass(slots=True)
 class Attempt:
-    """An attempt to log in; good only where it is said so."""
+    """An attempt to log in: good, bad, or None where nobody knows, as when the database did not answer."""
 
-    is_good: bool = False
+    is_good: bool | None = None
 
 
 def retry_after(seconds: float) -> dict[str, str]:

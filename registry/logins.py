@@ -62,11 +62,12 @@ class Logins:
             return await self.by_token(password, address, name=name)
         if looks_like_one(password):
             return await self._by_issuer(name, password, address)
-        with self._limits.attempt(name, address) as attempt:
+        async with self._limits.attempt(name, address) as attempt:
             began = time.monotonic()
             found = await self._database.read(principals.by_name, name)
             is_right = await self._passwords.check(found.account.password if found else None, password)
             if found is None or not is_right or found.account.is_disabled:
+                attempt.is_good = False
                 await _wait_until(began + _REFUSAL_SECONDS)
                 raise LoginFailed(name, _reason(found, is_right=is_right))
             attempt.is_good = True
@@ -78,34 +79,39 @@ class Logins:
 
         Raises as `by_password` does.
         """
-        # Not by account: tokens cannot be guessed, and whoever guesses passwords shall not lock out its robots.
-        with self._limits.attempt("", address) as attempt:
-            began = time.monotonic()
-            found = await self._database.read(principals.by_secret, access_tokens.secret_hash(token))
-            if (
-                found is None
-                or found.token is None
-                or found.token.kind != kind
-                or found.account.is_disabled
-                or name not in ("", found.account.name)
-            ):
-                await _wait_until(began + _REFUSAL_SECONDS)
-                raise LoginFailed(name, "the token is unknown, revoked, ended, or another account's")
-            attempt.is_good = True
+        began = time.monotonic()
+        found = await self._database.read(principals.by_secret, access_tokens.secret_hash(token))
+        if (
+            found is None
+            or found.token is None
+            or found.token.kind != kind
+            or found.account.is_disabled
+            or name not in ("", found.account.name)
+        ):
+            reason = "the token is unknown, revoked, ended, or another account's"
+            raise await self._refusal(name, reason, address, began)
         await self._database.note(access_tokens.note_use, found.token.id)
         return identity_of(found, f"{_kind_of(found)} {found.token.id}", time.time() + _VERDICT_SECONDS)
 
     async def _by_issuer(self, name: str, token: str, address: str) -> Identity:
-        with self._limits.attempt("", address) as attempt:
-            began = time.monotonic()
-            vouched = await self._issuers.read(token)
-            found = await self._database.read(principals.by_name, vouched.account) if vouched.account else None
-            if found is None or found.account.is_disabled:
-                await _wait_until(began + _REFUSAL_SECONDS)
-                reason = vouched.reason or f"there is no account {vouched.account}, or it is disabled"
-                raise LoginFailed(name, f"token of another issuer: {reason}")
-            attempt.is_good = True
+        began = time.monotonic()
+        vouched = await self._issuers.read(token)
+        found = await self._database.read(principals.by_name, vouched.account) if vouched.account else None
+        if found is None or found.account.is_disabled:
+            reason = vouched.reason or f"there is no account {vouched.account}, or it is disabled"
+            raise await self._refusal(name, f"token of another issuer: {reason}", address, began)
         return identity_of(found, vouched.credential, time.time() + _VERDICT_SECONDS, vouched.ends_at)
+
+    async def _refusal(self, name: str, reason: str, address: str, began: float) -> LoginFailed:
+        """Return the refusal of a token, in time; raises `TooManyRequests`.
+
+        It counts for the address, not for the account: tokens cannot be guessed, and whoever guesses passwords shall
+        not lock out robots. So one that is good does not come here, whatever others do at its address.
+        """
+        async with self._limits.attempt("", address) as attempt:
+            attempt.is_good = False
+            await _wait_until(began + _REFUSAL_SECONDS)
+        return LoginFailed(name, reason)
 
     async def _improve(self, found: Principal, password: str) -> None:
         """Keep a password of our own by our own hash, if it came from elsewhere."""
