@@ -102,10 +102,12 @@ class Answers:
         found = self._cache.get(head)
         if not isinstance(found, Answer) or found.until <= time.time():
             return None
-        if found.address != found.peer and found.peer != peer:
+        is_forwarded = found.address != found.peer
+        if is_forwarded and found.peer != peer:
             # Its head says where it comes from: another proxy must be believed anew.
             return None
-        if self._rate and self._rate.is_on and self._rate.take(found.client or network_of(peer)):
+        client = found.client or network_of(found.address if is_forwarded else peer)
+        if self._rate and self._rate.is_on and self._rate.take(client):
             return None
         return found
 

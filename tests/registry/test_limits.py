@@ -204,6 +204,13 @@ async def test_what_is_answered_from_memory_is_counted_too(begin: Begin, clock: 
         assert await repeated(other, 12) == {200: 8, 429: 4}
 
 
+async def test_what_is_answered_from_memory_is_counted_for_the_client_of_a_proxy(begin: Begin, clock: Clock) -> None:
+    registry = await begin({"behind_proxy": True}, requests_per_second=8)
+    async with wire(registry.client) as talk:
+        for client in ("192.0.2.7", "192.0.2.8"):
+            assert await repeated(talk, 12, f"X-Forwarded-For: {client}") == {200: 8, 429: 4}
+
+
 # --- pulls without an account --------------------------------------------------------------------------------
 
 
