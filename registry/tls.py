@@ -19,6 +19,13 @@ from registry.errors import ConfigurationError
 #: [RFC 9325, 4.2.1] forward secrecy and authenticated encryption; TLS 1.3 has nothing else.
 _CIPHERS: Final = "ECDHE+AESGCM:ECDHE+CHACHA20"
 
+#: What OpenSSL says, in words that help.
+_WORDS: Final = {
+    "KEY_VALUES_MISMATCH": "key and certificate do not belong together",
+    "NO_CERTIFICATE_ASSIGNED": "key and certificate do not belong together",
+    "NO_CERTIFICATE_OR_CRL_FOUND": "there is no certificate in it",
+}
+
 log = structlog.get_logger()
 
 
@@ -88,5 +95,6 @@ def _refuse() -> str:
 
 
 def _say(error: Exception) -> str:
-    text = getattr(error, "reason", None) or getattr(error, "strerror", None) or str(error)
-    return "key and certificate do not belong together" if text == "KEY_VALUES_MISMATCH" else str(text)
+    if isinstance(error, ssl.SSLError):
+        return _WORDS.get(error.reason, error.reason or "there is no certificate, or no key, in its file")
+    return str(getattr(error, "strerror", None) or error)
