@@ -87,6 +87,9 @@ def _load(settings: TlsSettings) -> ssl.SSLContext:
         except (OSError, ssl.SSLError) as error:
             raise ConfigurationError(f"tls.client_ca: {_say(error)}") from None
         context.verify_mode = ssl.CERT_REQUIRED if settings.client_required else ssl.CERT_OPTIONAL
+        # A session that is taken up again is let in without a look at who signs certificates now.
+        context.num_tickets = 0
+        context.options |= ssl.OP_NO_TICKET
     return context
 
 
