@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -41,13 +42,13 @@ def serve(config_path: Path | None, listen: str | None, data: str | None, worker
     if workers:
         overrides["server.workers"] = workers
     settings = load(config_path, os.environ, overrides)
-    sys.exit(serve_registry(settings, _announce))
+    scheme = "https" if settings.tls.certificate else "http"
+    sys.exit(serve_registry(settings, partial(_announce, scheme)))
 
 
-def _announce(address: str) -> None:
-    click.echo(
-        f"Hythe listens on http://{address}  (push: docker tag IMAGE {address}/IMAGE && docker push {address}/IMAGE)"
-    )
+def _announce(scheme: str, address: str) -> None:
+    push = f"docker tag IMAGE {address}/IMAGE && docker push {address}/IMAGE"
+    click.echo(f"Hythe listens on {scheme}://{address}  (push: {push})")
 
 
 @main.group()

@@ -231,3 +231,8 @@ def test_an_authority_of_clients_that_changes_is_followed(
         for known in (None, session):
             with pytest.raises(Refused):
                 running.ask(before, known)
+
+
+def test_people_are_told_an_address_that_works(tmp_path: Path, pair: Pair) -> None:
+    with serving(tmp_path, pair) as running:
+        wait_until(lambda: running.has_said(f"listens on https://127.0.0.1:{running.port} "), "its first word")
