@@ -244,24 +244,31 @@ def redirected() -> web.Response:
     return web.Response(status=302, headers={"Location": ELSEWHERE})
 
 
-WRONG_ANSWERS: dict[str, tuple[str, Callable[[], web.Response], str]] = {
-    "another issuer": (DESCRIPTION, lambda: text('{"issuer": "https://elsewhere.test"}'), "describes itself"),
-    "no description": (DESCRIPTION, lambda: web.Response(status=404), "cannot be had"),
-    "description elsewhere": (DESCRIPTION, redirected, "cannot be had"),
-    "description is a list": (DESCRIPTION, lambda: text("[]"), "cannot be had"),
-    "keys fail": (KEYS, lambda: web.Response(status=500), "cannot be had"),
-    "keys elsewhere": (KEYS, redirected, "cannot be had"),
-    "keys too large": (KEYS, lambda: text('{"keys": []' + " " * (1 << 20) + "}"), "cannot be had"),
-    "keys not JSON": (KEYS, lambda: text("<html>"), "cannot be had"),
-    "keys are no list": (KEYS, lambda: text('{"keys": null}'), "cannot be had"),
-    "no keys": (KEYS, lambda: text("{}"), "no such key"),
+def keys_at(ci: Issuer, url: str) -> web.Response:
+    return text(json.dumps({"issuer": ci.url, "jwks_uri": url}))
+
+
+WRONG_ANSWERS: dict[str, tuple[str, Callable[[Issuer], web.Response], str]] = {
+    "another issuer": (DESCRIPTION, lambda _: text('{"issuer": "https://elsewhere.test"}'), "describes itself"),
+    "no description": (DESCRIPTION, lambda _: web.Response(status=404), "cannot be had"),
+    "description elsewhere": (DESCRIPTION, lambda _: redirected(), "cannot be had"),
+    "keys where nobody listens": (DESCRIPTION, lambda ci: keys_at(ci, "http://127.0.0.1:1/keys"), "cannot be had"),
+    "keys in a file": (DESCRIPTION, lambda ci: keys_at(ci, "file:///etc/passwd"), "cannot be had"),
+    "keys nowhere": (DESCRIPTION, lambda ci: text(json.dumps({"issuer": ci.url})), "cannot be had"),
+    "description is a list": (DESCRIPTION, lambda _: text("[]"), "cannot be had"),
+    "keys fail": (KEYS, lambda _: web.Response(status=500), "cannot be had"),
+    "keys elsewhere": (KEYS, lambda _: redirected(), "cannot be had"),
+    "keys too large": (KEYS, lambda _: text('{"keys": []' + " " * (1 << 20) + "}"), "cannot be had"),
+    "keys not JSON": (KEYS, lambda _: text("<html>"), "cannot be had"),
+    "keys are no list": (KEYS, lambda _: text('{"keys": null}'), "cannot be had"),
+    "no keys": (KEYS, lambda _: text("{}"), "no such key"),
 }
 
 
 @pytest.mark.parametrize("kind", WRONG_ANSWERS)
 async def test_an_issuer_that_answers_wrongly_vouches_for_nobody(registry: Registry, ci: Issuer, kind: str) -> None:
     path, answer, reason = WRONG_ANSWERS[kind]
-    ci.instead[path] = answer
+    ci.instead[path] = lambda: answer(ci)
     assert reason in await refusal(registry, ci.token())
     assert ELSEWHERE not in ci.asked
 
