@@ -118,7 +118,6 @@ def team_registry(
     team.hythe("grant", "pull", "public", "everybody")
     settings = dict(environment or {})
     if authority:
-        authority.set_up()
         authority.sign(directory, address)
         settings |= {"HYTHE_TLS__CERTIFICATE": str(directory / "tls.crt"), "HYTHE_TLS__KEY": str(directory / "tls.key")}
     command = [sys.executable, "-m", "hythe", "serve", "--listen", team.address, "--data", str(directory / "data")]

@@ -60,10 +60,15 @@ def test_a_team_pushes_where_it_may_and_everybody_pulls_what_is_public(
     assert Layout(scratch / "out", layout.digest).blobs == layout.blobs
     with pytest.raises(AssertionError, match=r"unauthorized|authentication required"):
         tools.skopeo("inspect", f"--cert-dir={trust}", f"docker://{team.address}/work/app:1")
-    found = json.loads(team.hythe("audit", "--json", "--user", "bob"))
-    assert {("manifest.push", "done", "work/app"), ("push", "refused", "public/app")} <= {
-        (event["action"], event["outcome"], event["repository"]) for event in found
-    }
+
+    def audited() -> bool:
+        found = json.loads(team.hythe("audit", "--json", "--user", "bob"))
+        return {("manifest.push", "done", "work/app"), ("push", "refused", "public/app")} <= {
+            (event["action"], event["outcome"], event["repository"]) for event in found
+        }
+
+    # What was refused is written a moment later.
+    wait_until(audited, "the audit")
     holders = json.loads(team.hythe("who-can", "push", "work/app", "--json"))
     assert {"name": "bob", "rule": "push on work to team:dev"} in holders
 
@@ -123,7 +128,6 @@ def test_a_head_that_comes_byte_by_byte_is_not_waited_for(team: Team) -> None:
 
 def test_an_address_that_others_reach_is_refused_without_accounts(scratch: Path) -> None:
     authority = Authority(scratch / "authority")
-    authority.set_up()
     authority.sign(scratch, "127.0.0.1")
     environment = {"HYTHE_TLS__CERTIFICATE": str(scratch / "tls.crt"), "HYTHE_TLS__KEY": str(scratch / "tls.key")}
     command = [sys.executable, "-m", "hythe", "serve", "--listen", "0.0.0.0:0", "--data", str(scratch / "data")]

@@ -22,7 +22,7 @@ from registry.config import IssuerRule, IssuerSettings, Settings
 from registry.metadata import accounts, audit, rules
 from tests.registry.accounts import EVERYTHING, NAME, Registry, basic
 from tests.registry.talk import Answer, ask
-from tests.services.authority import Authority
+from tests.services.certificates import Authority
 from tests.services.clock import Clock
 from tests.services.issuer import AUDIENCE, DESCRIPTION, KEYS, Issuer, issuer
 
@@ -38,18 +38,22 @@ RULES = (
 
 
 @pytest.fixture
-async def ci(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Issuer]:
+def authority(tmp_path: Path) -> Authority:
+    return Authority(tmp_path / "authority")
+
+
+@pytest.fixture
+async def ci(request: pytest.FixtureRequest, tmp_path: Path, authority: Authority) -> AsyncIterator[Issuer]:
     """The issuer; over TLS where a test says "https"."""
-    authority = Authority(tmp_path)
     is_https = getattr(request, "param", "http") == "https"
-    async with issuer(authority.issue("issuer") if is_https else None) as running:
+    async with issuer(authority.sign(tmp_path) if is_https else None) as running:
         yield running
 
 
 @pytest.fixture
-def trusted(tmp_path: Path) -> str:
+def trusted(authority: Authority) -> str:
     """`issuers.ca_file`."""
-    return str(tmp_path / "authority.crt")
+    return str(authority.certificate)
 
 
 @pytest.fixture

@@ -83,19 +83,19 @@ def serving(directory: Path, pair: Pair, *arguments: str, **tls: str) -> Iterato
 
 @pytest.fixture
 def authority(tmp_path: Path) -> Authority:
-    return Authority(tmp_path)
+    return Authority(tmp_path / "authority")
 
 
 @pytest.fixture
-def pair(authority: Authority) -> Pair:
+def pair(tmp_path: Path, authority: Authority) -> Pair:
     """The certificate of the server."""
-    return authority.issue("server")
+    return authority.sign(tmp_path)
 
 
 @pytest.fixture
 def clients(tmp_path: Path) -> Authority:
     """Who signs certificates of clients."""
-    return Authority(tmp_path, "clients")
+    return Authority(tmp_path / "known", "clients")
 
 
 def client(authority: Authority, pair: Pair | None = None, version: ssl.TLSVersion | None = None) -> ssl.SSLContext:
@@ -117,9 +117,12 @@ def of_another_kind(key: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "said"),
     [
-        (lambda pair, _: pair.key.write_bytes(Authority(pair.key.parent, "x").issue("y").key.read_bytes()), "together"),
+        (lambda pair, authority: authority.sign(pair.key.parent, name="other").key.replace(pair.key), "together"),
         (lambda pair, _: of_another_kind(pair.key), "together"),
-        (lambda pair, authority: authority.issue("server", "secret words"), "the key has a passphrase"),
+        (
+            lambda pair, authority: authority.sign(pair.key.parent, passphrase="secret words"),
+            "the key has a passphrase",
+        ),
         (lambda pair, _: pair.key.unlink(), "No such file"),
         (lambda pair, _: pair.certificate.unlink(), "No such file"),
         (lambda pair, _: pair.key.write_text("not a key"), "there is no certificate, or no key, in its file"),
@@ -151,7 +154,7 @@ def test_an_authority_of_clients_that_cannot_be_used_is_refused_with_a_reason(
 
 
 def test_a_server_does_not_start_with_a_key_that_it_cannot_use(tmp_path: Path, authority: Authority) -> None:
-    pair = authority.issue("server", "secret words")
+    pair = authority.sign(tmp_path, passphrase="secret words")
     said = refused(
         tmp_path, "--listen", "127.0.0.1:0", HYTHE_TLS__CERTIFICATE=str(pair.certificate), HYTHE_TLS__KEY=str(pair.key)
     )
@@ -164,9 +167,7 @@ def test_a_server_does_not_start_with_a_key_that_it_cannot_use(tmp_path: Path, a
 @pytest.fixture
 def others(tmp_path: Path) -> Authority:
     """An authority that the server does not know, though it has the same name."""
-    directory = tmp_path / "others"
-    directory.mkdir()
-    return Authority(directory, "clients")
+    return Authority(tmp_path / "unknown", "clients")
 
 
 @each_version
@@ -175,9 +176,9 @@ def test_with_an_authority_clients_may_show_certificates_of_it_and_of_no_other(
 ) -> None:
     with serving(tmp_path, pair, client_ca=str(clients.certificate)) as running:
         running.ask(client(authority, None, version))
-        running.ask(client(authority, clients.issue("alice"), version))
+        running.ask(client(authority, clients.sign(tmp_path, name="alice"), version))
         with pytest.raises(Refused):
-            running.ask(client(authority, others.issue("alice"), version))
+            running.ask(client(authority, others.sign(tmp_path, name="alice"), version))
 
 
 @each_version
@@ -186,10 +187,10 @@ def test_where_it_is_required_nobody_gets_in_without_a_certificate(
 ) -> None:
     settings = {"client_ca": str(clients.certificate), "client_required": "true"}
     with serving(tmp_path, pair, **settings) as running:
-        for shown in (None, others.issue("alice"), authority.issue("alice")):
+        for shown in (None, others.sign(tmp_path, name="bob"), authority.sign(tmp_path, name="carol")):
             with pytest.raises(Refused):
                 running.ask(client(authority, shown, version))
-        running.ask(client(authority, clients.issue("alice"), version))
+        running.ask(client(authority, clients.sign(tmp_path, name="alice"), version))
 
 
 # --- certificates that are renewed ---------------------------------------------------------------------------
@@ -205,7 +206,7 @@ def test_all_processes_show_a_new_certificate_and_no_connection_is_lost(
         connections = [stack.enter_context(running.connect(context)) for _ in range(16)]
         for connection in connections:
             check_life(connection)
-        authority.issue("server")
+        authority.sign(tmp_path)
 
         def are_renewed() -> bool:
             # Silent ones would be ended, as they should be.
@@ -222,7 +223,7 @@ def test_an_authority_of_clients_that_changes_is_followed(
 ) -> None:
     settings = {"client_ca": str(clients.certificate), "client_required": "true"}
     with serving(tmp_path, pair, **settings) as running:
-        before, after = (client(authority, each.issue("alice")) for each in (clients, others))
+        before, after = (client(authority, each.sign(tmp_path, name="alice")) for each in (clients, others))
         session = running.ask(before)
         clients.certificate.write_bytes(others.certificate.read_bytes())
         wait_until(lambda: running.has_said("the certificate was read again"), "the look at the files")

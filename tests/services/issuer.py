@@ -15,7 +15,7 @@ from aiohttp import web
 from aiohttp.test_utils import TestServer
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 
-from tests.services.authority import Pair
+from tests.services.certificates import Pair
 
 DESCRIPTION, KEYS = "/.well-known/openid-configuration", "/keys"
 AUDIENCE = "hythe"
