@@ -303,12 +303,19 @@ def _check(settings: Settings) -> None:
 def check_open(settings: Settings, *, has_accounts: bool) -> None:
     """Refuse to let everybody in by accident; raises `ConfigurationError`."""
     host, _ = parse_listen(settings.server.listen)
-    if not (is_loopback(host) or has_accounts or settings.server.allow_open):
-        raise ConfigurationError(
-            f"server.listen: {host} can be reached from other machines, and this registry has no accounts: "
-            "make one (hythe user add --admin NAME), or set server.allow_open = true if everybody who reaches it "
-            "may push and delete"
-        )
+    if has_accounts or settings.server.allow_open:
+        return
+    # A proxy lets others in, though nobody else reaches us.
+    if settings.server.behind_proxy:
+        found = "server.behind_proxy: others come in through a proxy"
+    elif not is_loopback(host):
+        found = f"server.listen: {host} can be reached from other machines"
+    else:
+        return
+    raise ConfigurationError(
+        f"{found}, and this registry has no accounts: make one (hythe user add --admin NAME, or "
+        "accounts.admin_password), or set server.allow_open = true if everybody who reaches it may push and delete"
+    )
 
 
 def _check_tls(settings: TlsSettings) -> None:

@@ -238,6 +238,15 @@ def test_an_address_that_others_reach_needs_encryption_and_accounts_or_two_words
     assert settings.server.listen == f"{host}:5000"
 
 
+def test_what_a_proxy_lets_others_reach_needs_accounts_on_loopback_too() -> None:
+    settings = load(None, {}, {"server.behind_proxy": "true"})
+    check_open(settings, has_accounts=True)
+    with pytest.raises(ConfigurationError, match=r"server\.behind_proxy: others .*hythe user add --admin"):
+        check_open(settings, has_accounts=False)
+    check_open(load(None, {}, OPEN), has_accounts=False)
+    check_open(load(None, {}), has_accounts=False)
+
+
 @given(st.ip_addresses())
 def test_loopback_is_what_the_standards_call_so(address: Any) -> None:
     assert is_loopback(str(address)) == address.is_loopback
