@@ -15,8 +15,10 @@ from sqlalchemy import Connection, text
 
 import migrations
 import registry.metadata.postgres
+from registry.accounts import make_accounts
+from registry.config import AccountSettings
 from registry.errors import ConfigurationError, MetadataUnavailable
-from registry.metadata import blobs, manifests, repositories, sessions, tags
+from registry.metadata import accounts, blobs, manifests, repositories, rules, sessions, tags
 from registry.metadata.blobs import StoredBlob
 from registry.metadata.engine import Database, open_database, parse_url
 from registry.metadata.manifests import PushedManifest
@@ -106,6 +108,17 @@ async def test_a_path_pushed_to_by_many_at_once_is_one_tree(database: Database, 
         name = RepositoryName(f"deep{number}/a/b/c")
         await asyncio.gather(*(database.write(repositories.ensure, name) for _ in range(8)))
     assert query(url, "SELECT count(*) FROM repository") == [(4 * ROUNDS,)]
+
+
+async def test_of_servers_that_start_at_once_on_an_empty_database_one_makes_the_first_account(
+    database: Database, url: str, postgres_server: Postgres
+) -> None:
+    for _ in range(5):
+        settings = [AccountSettings(admin=f"admin{number}", admin_password="correct horse") for number in range(4)]
+        assert all(await asyncio.gather(*(make_accounts(database, each) for each in settings)))
+        assert len(await database.read(accounts.everyone)) == 1
+        assert len(await database.read(rules.everything, None)) == 1
+        postgres_server.execute("DELETE FROM account", urlsplit(url).path[1:])
 
 
 async def test_a_unit_that_is_refused_for_good_says_why_and_is_undone(database: Database, url: str) -> None:
