@@ -41,14 +41,18 @@ class Answer:
 
 
 class PlainClient:
-    """One connection to where `url` is, for one request after another; over TLS if `trust` says whom to believe."""
+    """One connection to where `url` is, for one request after another; over TLS if `trust` says whom to believe.
 
-    def __init__(self, url: str, trust: ssl.SSLContext | None = None) -> None:
+    It comes from `source`, an address of this machine, if that is given.
+    """
+
+    def __init__(self, url: str, trust: ssl.SSLContext | None = None, source: str = "") -> None:
         self._host = urlsplit(url).netloc
+        here = (source, 0) if source else None
         if trust is None:
-            self._connection = http.client.HTTPConnection(self._host, timeout=120)
+            self._connection = http.client.HTTPConnection(self._host, timeout=120, source_address=here)
         else:
-            self._connection = http.client.HTTPSConnection(self._host, timeout=120, context=trust)
+            self._connection = http.client.HTTPSConnection(self._host, timeout=120, context=trust, source_address=here)
 
     def __enter__(self) -> Self:
         return self
@@ -56,7 +60,7 @@ class PlainClient:
     def __exit__(self, *error: object) -> None:
         self._connection.close()
 
-    def ask(self, method: str, url: str, body: bytes | Iterable[bytes] | None = None, **headers: str) -> Answer:
+    def ask(self, method: str, url: str, body: bytes | Iterable[bytes] | None = None, /, **headers: str) -> Answer:
         """Send a request; a body that is not bytes is sent in chunks of unknown number."""
         response = self._send(method, url, body, headers)
         return Answer(url, response.status, response.headers, response.read())

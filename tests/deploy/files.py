@@ -16,6 +16,11 @@ def read_yaml(path: Path) -> Any:
     return yaml.safe_load(path.read_text())
 
 
+def read_variables(path: Path) -> dict[str, str]:
+    """Return what stands in a file of variables, such as `.env`."""
+    return {name: value for name, _, value in (line.partition("=") for line in path.read_text().splitlines())}
+
+
 def substitute(path: Path, changes: dict[str, str]) -> str:
     """Return a file with its placeholders changed into what a test has; each of them must be there."""
     text = path.read_text()

@@ -19,7 +19,7 @@ import yaml
 from hythe.cli import main
 from registry.config import Settings, load
 from tests.conftest import needs
-from tests.deploy.files import DEPLOY, ROOT, read_yaml, seconds
+from tests.deploy.files import DEPLOY, ROOT, read_variables, read_yaml, seconds
 from tests.services.processes import run
 
 COMPOSE: dict[str, Any] = read_yaml(DEPLOY / "compose.yaml")
@@ -37,8 +37,7 @@ def make_secrets(directory: Path, user: str = "alice") -> str:
 
 def variables(directory: Path) -> dict[str, str]:
     """Return what stands in `.env`."""
-    lines = (directory / ".env").read_text().splitlines()
-    return {name: value for name, _, value in (line.partition("=") for line in lines)}
+    return read_variables(directory / ".env")
 
 
 def settings_of(name: str, secrets: dict[str, str]) -> Settings:
@@ -59,7 +58,8 @@ def test_the_replicas_have_settings_that_exist_and_fit_the_services_beside_them(
     first, second, migrate = (settings_of(name, secrets) for name in (*REPLICAS, "migrate"))
     assert first == second == migrate
     assert first.server.listen == "0.0.0.0:5000"
-    assert (first.server.allow_open, first.server.behind_proxy) == (True, True)
+    assert (first.server.allow_open, first.server.behind_proxy) == (False, True)
+    assert (first.accounts.admin, first.accounts.admin_password) == ("alice", secrets["HYTHE_ADMIN_PASSWORD"])
     assert first.database.url == f"postgresql://hythe:{secrets['POSTGRES_PASSWORD']}@database/hythe"
     garage = tomllib.loads((DEPLOY / "garage.toml").read_text())
     assert f"http://store:{garage['s3_api']['api_bind_addr'].rpartition(':')[2]}" == first.storage.s3.endpoint
@@ -128,7 +128,7 @@ def test_no_secret_stands_in_it() -> None:
 
 
 @needs("git")
-@pytest.mark.parametrize("name", [".env", "secrets/tls.key", "secrets/users"])
+@pytest.mark.parametrize("name", [".env", "secrets/tls.key"])
 def test_secrets_are_not_committed(name: str) -> None:
     if not (ROOT / ".git").exists():
         pytest.skip("not a clone")
@@ -139,6 +139,7 @@ def test_secrets_are_not_committed(name: str) -> None:
 def test_secrets_are_made_once_and_are_nobody_elses(tmp_path: Path) -> None:
     said = make_secrets(tmp_path)
     assert re.fullmatch(r"password of alice: [0-9a-f]{24}\n", said)
+    assert variables(tmp_path)["HYTHE_ADMIN_PASSWORD"] == said.split()[-1]
     assert stat.S_IMODE((tmp_path / ".env").stat().st_mode) == 0o600
     assert stat.S_IMODE((tmp_path / "secrets").stat().st_mode) == 0o700
     made = variables(tmp_path)
@@ -147,11 +148,9 @@ def test_secrets_are_made_once_and_are_nobody_elses(tmp_path: Path) -> None:
     used = set(re.findall(r"\$\{(\w+)", (DEPLOY / "compose.yaml").read_text()))
     assert set(made) == used
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    assert make_secrets(tmp_path) == ""
-    assert {path: path.read_bytes() for path in before} == before
-    make_secrets(tmp_path, "bob")
-    users = (tmp_path / "secrets" / "users").read_text().splitlines()
-    assert [line.partition(":")[0] for line in users] == ["alice", "bob"]
+    for user in ("alice", "bob"):
+        assert make_secrets(tmp_path, user) == ""
+        assert {path: path.read_bytes() for path in before} == before
 
 
 @needs("openssl")

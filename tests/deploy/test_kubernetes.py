@@ -63,6 +63,7 @@ def settings_of(things: list[Thing], kind: str, directory: Path) -> Settings:
         "database-url": "postgresql://hythe:password@postgres/hythe",
         "s3-access-key": "access",
         "s3-secret-key": "secret",
+        "admin-password": "correct horse",
     }
     environment = {}
     for variable in container(things, kind)["env"]:
@@ -99,6 +100,18 @@ def test_the_configuration_can_be_used_with_the_secrets(things: list[Thing], kin
     assert settings.server.listen == "0.0.0.0:5000"
     assert settings.storage.driver == "s3"
     assert settings.database.url.startswith("postgresql://")
+
+
+def test_nobody_comes_in_without_an_account_and_the_first_one_is_made_by_a_replica(
+    things: list[Thing], tmp_path: Path
+) -> None:
+    settings = settings_of(things, "Deployment", tmp_path)
+    assert (settings.server.allow_open, settings.server.behind_proxy) == (False, True)
+    assert (settings.accounts.admin, settings.accounts.admin_password) == ("admin", "correct horse")
+    # When it is taken away, what is left is good.
+    variables = {variable["name"]: variable["valueFrom"] for variable in container(things, "Deployment")["env"]}
+    optional = [name for name, source in variables.items() if source["secretKeyRef"].get("optional")]
+    assert optional == ["HYTHE_ACCOUNTS__ADMIN_PASSWORD"]
 
 
 @pytest.mark.parametrize("kind", ["Deployment", "Job"])
@@ -182,13 +195,13 @@ def test_the_example_says_which_image_and_where(example: list[Thing]) -> None:
     assert "example-hythe" in one(example, "ConfigMap")["data"]["hythe.toml"]
 
 
-def test_the_ingress_lets_large_layers_through_and_asks_who_it_is(example: list[Thing]) -> None:
+def test_the_ingress_lets_large_layers_through_and_leaves_it_to_hythe_to_ask_who_it_is(example: list[Thing]) -> None:
     ingress = one(example, "Ingress")
     prefix = "nginx.ingress.kubernetes.io/"
     said = {key.removeprefix(prefix): value for key, value in ingress["metadata"]["annotations"].items()}
     assert (said["proxy-body-size"], said["proxy-request-buffering"], said["proxy-buffering"]) == ("0", "off", "off")
     assert int(said["proxy-read-timeout"]) >= 300
-    assert (said["auth-type"], said["auth-secret"]) == ("basic", "hythe-users")
+    assert not [name for name in said if name.startswith("auth")]
     service = one(example, "Service")
     backends = [path["backend"]["service"] for path in ingress["spec"]["rules"][0]["http"]["paths"]]
     ports = {port["name"] for port in service["spec"]["ports"]}

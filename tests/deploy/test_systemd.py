@@ -12,7 +12,8 @@ import psutil
 import pytest
 
 from registry.config import Settings
-from tests.clients.plain import PlainClient
+from tests.clients.plain import PlainClient, with_query
+from tests.clients.team import basic
 from tests.conftest import needs
 from tests.content import digest_of
 from tests.deploy.files import DEPLOY
@@ -60,13 +61,14 @@ def test_data_lies_where_it_may_write() -> None:
 
 @needs("strace")
 def test_hythe_makes_no_call_that_is_forbidden(tmp_path: Path) -> None:
-    """Whole runs: start, workers, a push, a pull, the end; with memory that cannot be both written and executed."""
+    """Whole runs: start, workers, a login, a push, a pull, the end; with memory that cannot be written and executed."""
     port = free_port()
     counted = tmp_path / "calls"
     command = ["strace", "-f", "-c", "-o", str(counted), sys.executable, "-c", _GUARD]
     command += [str(HYTHE), "serve", "--workers", "2"]
     command += ["--data", str(tmp_path / "data"), "--listen", f"127.0.0.1:{port}"]
-    server = HytheServer(command, tmp_path / "log", {"TMPDIR": str(tmp_path)}, port=port)
+    environment = {"TMPDIR": str(tmp_path), "HYTHE_ACCOUNTS__ADMIN_PASSWORD": "correct horse"}
+    server = HytheServer(command, tmp_path / "log", environment, port=port)
     try:
         server.start()
         push_and_pull(server.url)
@@ -104,11 +106,13 @@ def test_memory_is_guarded_where_the_kernel_can() -> None:
 def push_and_pull(url: str) -> None:
     content = bytes(range(256)) * (12 << 10)
     with PlainClient(url) as client:
-        begun = client.ask("POST", f"{url}/v2/org/team/app/blobs/uploads/")
-        sent = client.ask("PATCH", begun.location, iter([content[:1_000_000], content[1_000_000:]]))
-        mark = "&" if "?" in sent.location else "?"
-        closed = client.ask("PUT", f"{sent.location}{mark}digest={digest_of(content)}")
-        assert client.ask("GET", closed.location).body == content
+        asked = f"{url}/v2/token?scope=repository:org/team/app:pull,push"
+        token = client.ask("GET", asked, **basic("admin", "correct horse")).json["token"]
+        by = {"Authorization": f"Bearer {token}"}
+        begun = client.ask("POST", f"{url}/v2/org/team/app/blobs/uploads/", **by)
+        sent = client.ask("PATCH", begun.location, iter([content[:1_000_000], content[1_000_000:]]), **by)
+        closed = client.ask("PUT", with_query(sent.location, f"digest={digest_of(content)}"), **by)
+        assert client.ask("GET", closed.location, **by).body == content
 
 
 def allowed() -> set[str]:
