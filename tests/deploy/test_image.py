@@ -137,7 +137,7 @@ def test_it_refuses_to_be_reached_until_it_is_told_who_does_tls_and_who_comes_in
 def test_with_tls_and_an_account_it_listens_where_others_reach_it_with_any_number_of_workers(
     image: Image, tmp_path: Path
 ) -> None:
-    (authority := Authority(tmp_path / "authority")).set_up()
+    authority = Authority(tmp_path / "authority")
     (secret := tmp_path / "tls").mkdir()
     authority.sign(secret, "127.0.0.1")
     for path in secret.iterdir():
