@@ -133,7 +133,6 @@ def test_it_refuses_to_be_reached_until_it_is_told_who_does_tls_and_who_comes_in
     assert "Traceback" not in said
 
 
-@needs("openssl")
 def test_with_tls_and_an_account_it_listens_where_others_reach_it_with_any_number_of_workers(
     image: Image, tmp_path: Path
 ) -> None:
