@@ -32,8 +32,9 @@ from registry.errors import BadRequest, RequestTimeout, SizeInvalid
 from registry.responses import json_response
 from storage.threads import Threads
 
-#: The head of a request that sends a blob, all of it in one piece, in chunked encoding and nothing else.
-_UPLOAD: Final = re.compile(rb"(?:PATCH|PUT|POST) [^ ?\r\n]*/blobs/uploads/[^ \r\n]* HTTP/1\.1\r\n")
+#: The head of a request that sends a blob, all of it in one piece, in chunked encoding and nothing else. Where it does
+#: not fit after all, the next slash tells: a long line of such places must not take the square of its length.
+_UPLOAD: Final = re.compile(rb"(?:PATCH|PUT|POST) [^ ?\r\n]*/blobs/uploads/[^ /\r\n]* HTTP/1\.1\r\n")
 _CHUNKED: Final = re.compile(rb"\r\ntransfer-encoding:[ \t]*chunked[ \t]*\r\n", re.IGNORECASE)
 _LENGTH: Final = re.compile(rb"\r\n(?:content-length|content-encoding|upgrade)[ \t]*:", re.IGNORECASE)
 _HEAD_LIMIT: Final = 16 << 10

@@ -9,11 +9,12 @@ import hashlib
 import hmac
 import json
 import re
+import socket
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -478,6 +479,19 @@ async def test_two_who_share_a_connection_do_not_share_their_rights(registry: Re
     async with wire(registry.client) as talk:
         await talk.send(b"".join(asked_for))
         assert [(await talk.answer()).status for _ in asked_for] == [200, 404, 401, 200, 404]
+
+
+def test_a_long_line_keeps_nobody_waiting(tmp_path: Path) -> None:
+    """To see that it is none of ours must not take the square of its length."""
+    lines = [b"PATCH " + b"/blobs/uploads/" * 17_000, b"PUT " + b"/blobs/uploads/a" * 16_000]
+    with hythe_server(tmp_path) as server, ExitStack() as stack:
+        for line in lines * 4:
+            talk = stack.enter_context(socket.create_connection(("127.0.0.1", server.port)))
+            # It may be cut off before the end.
+            with suppress(OSError):
+                talk.sendall(line)
+        answer = exchange(server.port, b"GET /healthz HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n", end=False)
+        assert answer.startswith(b"HTTP/1.1 200 ")
 
 
 # --- what is small on the wire and large in memory ------------------------------------------------------------------
