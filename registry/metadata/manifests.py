@@ -128,7 +128,8 @@ class _Found:
 
     blob_id: int | None = None
     child_id: int | None = None
-    child_size: int = 0
+    #: Of a child that the repository holds: what others push elsewhere is nobody's business here.
+    child_size: int | None = None
     is_held: bool = False
 
     @property
@@ -153,7 +154,7 @@ def _resolve(connection: Connection, repository_id: int | None, links: Sequence[
         query = select(manifest.c.digest, manifest.c.id, manifest.c.image_size, held_child)
         for row in connection.execute(query.where(manifest.c.digest.in_(chunk))):
             entry = found[Digest.parse(row[0])]
-            entry.child_id, entry.child_size = row[1], row[2]
+            entry.child_id, entry.child_size = row[1], row[2] if row[3] else None
             # Build caches are indexes of blobs: either will do.
             entry.is_held = entry.is_held or bool(row[3])
     return found
@@ -213,7 +214,7 @@ def _insert_references(
 
 
 def _size(link: Link, found: _Found) -> int:
-    return found.child_size if link.relation is Relation.CHILD and found.child_id else link.descriptor.size
+    return link.descriptor.size if found.child_size is None else found.child_size
 
 
 def _platforms(pushed: PushedManifest) -> list[str]:

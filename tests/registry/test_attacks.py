@@ -27,7 +27,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat,
 from registry.config import Settings
 from registry.metadata import accounts, audit, keys, rules
 from registry.metadata.engine import open_database
-from storage.oci import OCI_CONFIG, OCI_INDEX, OCI_MANIFEST
+from storage.oci import DOCKER_LIST, OCI_CONFIG, OCI_INDEX, OCI_MANIFEST
 from tests.conftest import Start
 from tests.content import Client, Image, descriptor, digest_of
 from tests.registry.accounts import HASH, NAME, PASSWORD, Registry, basic
@@ -287,6 +287,59 @@ async def test_a_blob_of_a_private_repository_is_not_mounted_and_not_told_from_n
         assert told(answers[0]) == told(answers[1])
     answer = await ask(registry.client, "HEAD", f"/v2/{OWN}/blobs/{there}", headers=by)
     assert answer.status == 404
+
+
+def referring(digest: str, how: str) -> tuple[bytes, str]:
+    """Return a manifest that points to content by nothing but its digest, and its type."""
+    named = {"mediaType": OCI_MANIFEST, "digest": digest, "size": 7}
+    if how == "subject":
+        config = {"mediaType": OCI_CONFIG, "digest": ABSENT, "size": 2, "urls": ["http://127.0.0.1"]}
+        image = {"schemaVersion": 2, "config": config, "layers": [], "subject": named}
+        return json.dumps(image).encode(), OCI_MANIFEST
+    if how in ("config", "layer"):
+        here = {"mediaType": OCI_CONFIG, "digest": digest, "size": 7}
+        foreign = {**here, "digest": ABSENT, "urls": ["http://127.0.0.1"]}
+        config, layer = (here, foreign) if how == "config" else (foreign, here)
+        return json.dumps({"schemaVersion": 2, "config": config, "layers": [layer]}).encode(), OCI_MANIFEST
+    content = index_of({**named, "urls": ["http://127.0.0.1"]} if how == "foreign child" else named)
+    return content.replace(OCI_INDEX.encode(), DOCKER_LIST.encode()) if how == "list" else content, (
+        DOCKER_LIST if how == "list" else OCI_INDEX
+    )
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+async def test_a_manifest_tells_nothing_of_what_it_points_to_elsewhere(
+    start: Start, settings: Settings, sparse: bool
+) -> None:
+    async with guarded(start, settings, registry={"sparse_manifests": sparse}) as registry:
+        await registry.user("mallory", "push", "mallory")
+        image = await registry.image()
+    blobs = {"config": digest_of(image.config), "layer": digest_of(image.layers[0])}
+    for how in ("child", "foreign child", "list", "config", "layer", "subject"):
+        # What is there, and what is nowhere.
+        digests = (blobs.get(how, image.digest), ABSENT[:-1] + "1")
+        answers = [await told_of(registry.client, digest, how) for digest in digests]
+        assert answers[0] == answers[1], how
+
+
+async def told_of(client: Client, digest: str, how: str) -> list[tuple[int, list[str], str]]:
+    """Return all that mallory hears who pushes a manifest that points there."""
+    by = basic("mallory")
+    content, media_type = referring(digest, how)
+    pushed = await push_manifest(client, OWN, content, by, media_type)
+    own = digest_of(content)
+    found = [
+        pushed,
+        await ask(client, "GET", f"/api/v1/tags?repository={OWN}", headers=by),
+        await ask(client, "GET", f"/api/v1/manifest?repository={OWN}&reference={own}", headers=by),
+        await ask(client, "GET", f"/v2/{OWN}/referrers/{digest}", headers=by),
+        await ask(client, "GET", f"/v2/{OWN}/manifests/{digest}", headers=by),
+        await ask(client, "HEAD", f"/v2/{OWN}/blobs/{digest}", headers=by),
+    ]
+    if pushed.status == 201:
+        removed = await ask(client, "DELETE", f"/v2/{OWN}/manifests/{own}", headers=basic("root"))
+        assert removed.status == 202
+    return [told(each, digest, own) for each in found]
 
 
 async def test_what_an_upload_may_become_does_not_depend_on_what_others_hold(registry: Registry, target: Image) -> None:
