@@ -28,6 +28,9 @@ from storage.names import RepositoryName, Tag
 from storage.oci import INDEXES, Link, Manifest, Relation
 
 _INTEGER_LIMIT: Final = 2**63 - 1
+#: What is listed of a manifest with each of its tags: so many platforms, each of so many characters.
+_PLATFORMS_LIMIT: Final = 100
+_PLATFORM_LENGTH: Final = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,10 +221,11 @@ def _size(link: Link, found: _Found) -> int:
 
 
 def _platforms(pushed: PushedManifest) -> list[str]:
-    if pushed.facts.media_type not in INDEXES:
-        return list(pushed.platforms)
-    named = [str(link.descriptor.platform) for link in pushed.facts.links if link.descriptor.platform]
-    return list(dict.fromkeys(name for name in named if name and not name.startswith("unknown/")))
+    named = pushed.platforms
+    if pushed.facts.media_type in INDEXES:
+        named = [str(link.descriptor.platform) for link in pushed.facts.links if link.descriptor.platform]
+        named = [name for name in named if name and not name.startswith("unknown/")]
+    return [name for name in dict.fromkeys(named) if len(name) <= _PLATFORM_LENGTH][:_PLATFORMS_LIMIT]
 
 
 def _hold(connection: Connection, repository_id: int, manifest_id: int, media_type: str, by: str) -> None:

@@ -637,6 +637,27 @@ async def test_a_token_that_is_hard_to_read_is_none(registry: Registry, kind: st
     assert [answer.codes for answer in await asyncio.gather(*asked)] == [["UNAUTHORIZED"]] * len(asked)
 
 
+async def test_what_is_listed_with_each_tag_is_small(registry: Registry, target: Image) -> None:
+    """A thousand tags are one answer, and each of them could tell again what one manifest says of its platforms."""
+    by = basic("mallory")
+    child = await push_blob(registry.client, OWN, b"child", by)
+    named = {"mediaType": OCI_MANIFEST, "digest": child, "size": 5}
+    large = [
+        index_of({**named, "platform": {"os": "a" * 100_000, "architecture": "b"}}),
+        index_of(*[{**named, "platform": {"os": "linux", "architecture": f"cpu{number}"}} for number in range(1000)]),
+    ]
+    config = json.dumps({"os": "linux", "architecture": "c" * 100_000}).encode()
+    await push_blob(registry.client, OWN, config, by)
+    image = json.dumps({"schemaVersion": 2, "config": descriptor(config, OCI_CONFIG), "layers": []}).encode()
+    for number, content in enumerate([*large, image]):
+        media_type = OCI_MANIFEST if content is image else OCI_INDEX
+        answer = await push_manifest(registry.client, OWN, content, by, media_type, f"t{number}")
+        assert answer.status == 201, answer
+    answer = await ask(registry.client, "GET", f"/api/v1/tags?repository={OWN}", headers=by)
+    assert len(answer.json["tags"]) == 3
+    assert len(answer.body) < 10_000
+
+
 # --- floods ---------------------------------------------------------------------------------------------------------
 
 FLOODS = {
