@@ -125,6 +125,7 @@ class Manifest:
 
 
 #: [RFC 6838, 4.2]
+_TYPE_LIMIT: Final = 255
 _MEDIA_TYPE: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9!#$&^_.+-]{0,126}/[A-Za-z0-9][A-Za-z0-9!#$&^_.+-]{0,126}")
 
 #: What decoding raises: not JSON, not UTF-8, or nested to exhaust us.
@@ -201,8 +202,8 @@ def _facts(document: _Document, media_type: str, links: tuple[Link, ...]) -> Man
     if not artifact_type and document.config:
         # [distribution-spec: end-12a] the config's type stands in for a missing artifactType
         artifact_type = document.config.media_type
-    if "\0" in artifact_type:
-        raise InvalidManifest("a media type with a NUL in it - at `$.artifactType` or `$.config.mediaType`")
+    if "\0" in artifact_type or len(artifact_type) > _TYPE_LIMIT:
+        raise InvalidManifest("no media type, or too long a one - at `$.artifactType` or `$.config.mediaType`")
     return Manifest(
         media_type=media_type,
         links=links,

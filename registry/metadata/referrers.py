@@ -13,13 +13,12 @@ from storage.names import RepositoryName
 
 @dataclass(frozen=True, slots=True)
 class Referrer:
-    """A manifest that has a subject. `annotations` is a JSON object."""
+    """A manifest that has a subject."""
 
     digest: str
     media_type: str
     size: int
     artifact_type: str
-    annotations: str
 
 
 def find(connection: Connection, name: RepositoryName, subject: Digest) -> list[Referrer]:
@@ -30,7 +29,6 @@ def find(connection: Connection, name: RepositoryName, subject: Digest) -> list[
             repository_manifest.c.media_type,
             manifest.c.size,
             manifest.c.artifact_type,
-            manifest.c.annotations,
         )
         .join(repository_manifest, repository_manifest.c.manifest_id == manifest.c.id)
         .join(repository, repository.c.id == repository_manifest.c.repository_id)
@@ -38,6 +36,12 @@ def find(connection: Connection, name: RepositoryName, subject: Digest) -> list[
         .order_by(manifest.c.digest)
     )
     return [Referrer(*row) for row in connection.execute(query)]
+
+
+def annotations_of(connection: Connection, digests: list[str]) -> dict[str, str]:
+    """Return the annotations of manifests, each a JSON object."""
+    query = select(manifest.c.digest, manifest.c.annotations).where(manifest.c.digest.in_(digests))
+    return {row.digest: row.annotations for row in connection.execute(query)}
 
 
 def present(connection: Connection, name: RepositoryName, digests: list[str]) -> set[str]:

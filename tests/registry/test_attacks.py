@@ -658,6 +658,48 @@ async def test_what_is_listed_with_each_tag_is_small(registry: Registry, target:
     assert len(answer.body) < 10_000
 
 
+async def test_referrers_with_much_to_say_come_in_small_pages(registry: Registry, target: Image) -> None:
+    by = basic("mallory")
+    config = await push_blob(registry.client, OWN, b"{}", by)
+    subject = {"mediaType": OCI_MANIFEST, "digest": ABSENT, "size": 7}
+    pushed = set()
+    for number in range(9):
+        content = {
+            "schemaVersion": 2,
+            "config": {"mediaType": "application/x", "digest": config, "size": 2},
+            "layers": [],
+            "subject": subject,
+            "annotations": {"number": str(number), "text": "a" * 1_000_000},
+        }
+        answer = await push_manifest(registry.client, OWN, json.dumps(content).encode(), by)
+        assert answer.status == 201, answer
+        pushed.add(answer.headers["Docker-Content-Digest"])
+    path, found = f"/v2/{OWN}/referrers/{ABSENT}", []
+    while path:
+        answer = await ask(registry.client, "GET", path, headers=by)
+        assert len(answer.body) < 5 << 20
+        for entry in answer.json["manifests"]:
+            assert len(entry["annotations"]["text"]) == 1_000_000
+            found.append(entry["digest"])
+        link = answer.headers.get("Link", "")
+        path = link[1 : link.index(">")] if link else ""
+    assert sorted(found) == sorted(pushed)
+
+
+async def test_the_type_of_an_artifact_is_no_place_for_more(registry: Registry, target: Image) -> None:
+    """Whoever asks for referrers of one type has all of their types read."""
+    by = basic("mallory")
+    config = await push_blob(registry.client, OWN, b"{}", by)
+    content = {
+        "schemaVersion": 2,
+        "artifactType": "a/" + "b" * 300,
+        "config": {"mediaType": OCI_CONFIG, "digest": config, "size": 2},
+        "layers": [],
+    }
+    answer = await push_manifest(registry.client, OWN, json.dumps(content).encode(), by)
+    assert answer.codes == ["MANIFEST_INVALID"]
+
+
 # --- floods ---------------------------------------------------------------------------------------------------------
 
 FLOODS = {
