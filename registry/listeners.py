@@ -23,19 +23,20 @@ def bind(settings: Settings) -> list[list[socket.socket]]:
     """
     workers = settings.server.workers
     host, port = parse_listen(settings.server.listen)
+    stall = settings.uploads.stall_seconds
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         addresses: list[tuple[int, Any]] = [
             (entry[0], entry[4]) for entry in (found[:1] if host == "localhost" else found)
         ]
         # Also with several workers the first look is for another server, with which ports are not to be shared.
-        alone = [_listen(family, address, shared=False) for family, address in addresses]
+        alone = [_listen(family, address, stall, shared=False) for family, address in addresses]
         if workers == 1:
             return [alone]
         addresses = [(sock.family, sock.getsockname()) for sock in alone]
         for sock in alone:
             sock.close()
-        return [[_listen(family, address, shared=True) for family, address in addresses] for _ in range(workers)]
+        return [[_listen(family, address, stall, shared=True) for family, address in addresses] for _ in range(workers)]
     except OSError as error:
         reason = error.strerror or error
         raise ConfigurationError(
@@ -43,11 +44,13 @@ def bind(settings: Settings) -> list[list[socket.socket]]:
         ) from None
 
 
-def _listen(family: int, address: tuple[Any, ...], *, shared: bool) -> socket.socket:
+def _listen(family: int, address: tuple[Any, ...], stall: int, *, shared: bool) -> socket.socket:
     sock = socket.socket(family, socket.SOCK_STREAM)
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, shared)
+        # [tcp(7)] Connections have it from here: a client that takes nothing of its answer keeps no place.
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, stall * 1000)
         if family == socket.AF_INET6:
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         sock.bind(address)

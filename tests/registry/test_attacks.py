@@ -20,6 +20,7 @@ from typing import Any
 
 import argon2
 import jwt
+import psutil
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_private_key
@@ -33,7 +34,7 @@ from tests.content import Client, Image, descriptor, digest_of
 from tests.registry.accounts import HASH, NAME, PASSWORD, Registry, basic
 from tests.registry.raw import exchange
 from tests.registry.talk import Answer, Wire, ask, wire
-from tests.services.processes import HytheServer, hythe_server, run
+from tests.services.processes import HytheServer, hythe_server, run, wait_until
 
 #: Where the one who attacks may push.
 OWN = "mallory/app"
@@ -545,6 +546,25 @@ def test_a_long_line_keeps_nobody_waiting(tmp_path: Path) -> None:
                 talk.sendall(line)
         answer = exchange(server.port, b"GET /healthz HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n", end=False)
         assert answer.startswith(b"HTTP/1.1 200 ")
+
+
+def test_a_client_that_takes_nothing_of_its_answers_keeps_no_place(tmp_path: Path) -> None:
+    with (
+        hythe_server(tmp_path, environment={"HYTHE_UPLOADS__STALL_SECONDS": "1"}) as server,
+        socket.create_connection(("127.0.0.1", server.port)) as greedy,
+    ):
+        own = greedy.getsockname()[1]
+        greedy.settimeout(2)
+        # It may be cut off by then.
+        with suppress(OSError):
+            while True:
+                greedy.sendall(b"GET /api/v1/openapi.json HTTP/1.1\r\nHost: x\r\n\r\n" * 100)
+
+        def is_kept() -> bool:
+            found = psutil.Process(server.pid).net_connections("tcp4")
+            return any(each.raddr and each.raddr.port == own for each in found)
+
+        wait_until(lambda: not is_kept(), "the end of the connection", PATIENCE)
 
 
 # --- what is small on the wire and large in memory ------------------------------------------------------------------
