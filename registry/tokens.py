@@ -12,6 +12,7 @@ request, so it gives nothing that was taken away meanwhile.
 
 from __future__ import annotations
 
+import asyncio
 import time
 from typing import Final
 from urllib.parse import parse_qsl
@@ -24,7 +25,7 @@ from registry.audit import Auditor
 from registry.calls import Call
 from registry.config import AccountSettings
 from registry.credentials import Credentials
-from registry.errors import BadRequest, Unauthorized
+from registry.errors import BadRequest, RequestTimeout, Unauthorized
 from registry.logs import printable
 from registry.metadata import access_tokens
 from registry.metadata.audit import audited
@@ -36,6 +37,8 @@ from registry.transfer import Receiver, read_limited
 
 _BODY_LIMIT: Final = 64 << 10
 _FIELDS_LIMIT: Final = 1000
+#: Whoever sends one need not say who he is, so it is not waited for as long as for a body with something to keep.
+_FORM_SECONDS: Final = 20.0
 _DAY: Final = 86400 * 1_000_000
 _EXCHANGE: Final = "urn:ietf:params:oauth:grant-type:token-exchange"
 #: [RFC 8693, 3] What is given for it.
@@ -153,7 +156,11 @@ async def _form(request: web.Request, receiver: Receiver) -> MultiDict[str]:
     """Return the fields of a form, in its one plain encoding."""
     if request.content_type != "application/x-www-form-urlencoded":
         raise BadRequest("the form must be application/x-www-form-urlencoded")
-    body = await read_limited(request, receiver, _BODY_LIMIT)
+    try:
+        async with asyncio.timeout(_FORM_SECONDS):
+            body = await read_limited(request, receiver, _BODY_LIMIT)
+    except TimeoutError:
+        raise RequestTimeout("the form did not come in time", headers={hdrs.CONNECTION: "close"}) from None
     if body is None:
         raise BadRequest("the form is too large")
     try:

@@ -548,6 +548,32 @@ def test_a_long_line_keeps_nobody_waiting(tmp_path: Path) -> None:
         assert answer.startswith(b"HTTP/1.1 200 ")
 
 
+# --- those who take their time --------------------------------------------------------------------------------------
+
+
+async def test_a_form_that_comes_byte_by_byte_is_not_waited_for(
+    registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("registry.tokens._FORM_SECONDS", 0.5)
+    async with wire(registry.client) as talk:
+        form = ["Content-Type: application/x-www-form-urlencoded", "Content-Length: 60000"]
+        await talk.request("POST", "/v2/token", form)
+
+        async def drip() -> None:
+            with suppress(ConnectionError):
+                while True:
+                    await talk.send(b"a")
+                    await asyncio.sleep(0.05)
+
+        dripping = asyncio.create_task(drip())
+        try:
+            answer = await talk.answer()
+        finally:
+            dripping.cancel()
+        assert answer.status == 408
+        assert answer.headers["Connection"] == "close"
+
+
 def test_a_client_that_takes_nothing_of_its_answers_keeps_no_place(tmp_path: Path) -> None:
     with (
         hythe_server(tmp_path, environment={"HYTHE_UPLOADS__STALL_SECONDS": "1"}) as server,
