@@ -32,9 +32,10 @@ _PLAIN: Final = re.compile(
     rb"(?:GET|HEAD) [!-~]+ HTTP/1\.1\r\n(?:[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t -~\x80-\xff]*\r\n)+\r\n"
 )
 _BEGINNINGS: Final = (b"GET /", b"HEAD /")
-#: Passwords are not kept in memory, as long as it can be helped.
+#: Passwords, and what is as good as one, are not kept in memory, as long as it can be helped.
 _UNPLAIN: Final = re.compile(
-    rb"\r\n(?:content-length:|transfer-encoding:|upgrade:|expect:|x-request-id:|authorization:[ \t]*basic)",
+    rb"\r\n(?:content-length:|transfer-encoding:|upgrade:|expect:|x-request-id:"
+    rb"|authorization:[ \t]*(?:basic|bearer[ \t]+hythe_))",
     re.IGNORECASE,
 )
 #: Larger bodies are not worth their memory: what counts for them is the way through the socket.

@@ -25,6 +25,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_private_key
 
+from registry.app import ANSWERS
 from registry.config import Settings
 from registry.metadata import accounts, audit, keys, rules
 from registry.metadata.engine import open_database
@@ -447,6 +448,19 @@ async def test_an_answer_from_memory_ends_with_its_token(registry: Registry, tar
             assert time.time() < ends_at + 1
         assert status == 401
     assert time.time() >= ends_at
+
+
+@pytest.mark.parametrize("kind", ["password", "personal token"])
+async def test_what_is_as_good_as_a_password_is_not_kept_in_memory(
+    registry: Registry, target: Image, kind: str
+) -> None:
+    by = basic("root")["Authorization"] if kind == "password" else f"Bearer {await registry.personal('root')}"
+    data = head(f"/v2/{NAME}/manifests/latest", f"Authorization: {by}")
+    async with wire(registry.client) as talk:
+        for _ in range(4):
+            assert await asked(talk, data) == 200
+    assert registry.client.app is not None
+    assert registry.client.app[ANSWERS].find(data, "127.0.0.1") is None
 
 
 # --- where a request ends -------------------------------------------------------------------------------------------
