@@ -37,6 +37,8 @@ from registry.signing import GRACE, InvalidToken, Signer
 
 #: Credentials that are remembered.
 _KNOWN_LIMIT: Final = 10_000
+#: Repositories that a token may be for to be remembered; clients ask for one, or two to mount from another.
+_SCOPE_LIMIT: Final = 10
 #: One that is longer than any of ours is not looked at.
 _HEADER_LIMIT: Final = 16 << 10
 
@@ -95,7 +97,7 @@ class Credentials:
             self._known.move_to_end(mark)
             return known
         identity = await self._read(request, header)
-        if not identity.is_ended and current.version == self.policy.version:
+        if not identity.is_ended and current.version == self.policy.version and _is_small(identity.scope):
             self._known[mark] = identity
             if len(self._known) > _KNOWN_LIMIT:
                 self._known.popitem(last=False)
@@ -173,6 +175,10 @@ class Credentials:
         if wait := self._rate.take(network_of(self._clients.address(request))):
             return TooManyRequests(headers=retry_after(wait))
         return self._challenges.to_wrong(request, kind)
+
+
+def _is_small(scope: Scope | None) -> bool:
+    return scope is None or len(scope.repositories) <= _SCOPE_LIMIT
 
 
 def _decode(value: str) -> tuple[str, str]:

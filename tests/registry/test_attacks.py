@@ -27,6 +27,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat,
 
 from registry.app import ANSWERS
 from registry.config import Settings
+from registry.dispatch import Dispatcher
 from registry.metadata import accounts, audit, keys, rules
 from registry.metadata.engine import open_database
 from storage.oci import DOCKER_LIST, OCI_CONFIG, OCI_INDEX, OCI_MANIFEST
@@ -758,6 +759,20 @@ async def test_the_type_of_an_artifact_is_no_place_for_more(registry: Registry, 
     }
     answer = await push_manifest(registry.client, OWN, json.dumps(content).encode(), by)
     assert answer.codes == ["MANIFEST_INVALID"]
+
+
+async def test_tokens_for_very_many_repositories_are_not_remembered(registry: Registry, target: Image) -> None:
+    """Anybody may have as many as he likes, where anything is public, and each of them would take its room."""
+    owners = {getattr(route.handler, "__self__", None) for route in registry.client.app.router.routes()}
+    (dispatcher,) = [each for each in owners if isinstance(each, Dispatcher)]
+    known = dispatcher._gate._credentials._known
+    for number, remembered in ((3, 1), (100, 0)):
+        scope = " ".join(f"repository:mallory/{each}:pull" for each in range(number))
+        by = await registry.bearer("mallory", scope=scope)
+        before = len(known)
+        answer = await ask(registry.client, "GET", "/v2/mallory/1/tags/list", headers=by)
+        assert answer.codes == ["NAME_UNKNOWN"]
+        assert len(known) - before == remembered
 
 
 # --- floods ---------------------------------------------------------------------------------------------------------
