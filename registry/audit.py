@@ -17,6 +17,7 @@ from aiohttp import web
 from registry.access import OPEN, Identity
 from registry.clients import Clients
 from registry.errors import MetadataError
+from registry.limits import Rate, network_of
 from registry.logs import Lines, printable
 from registry.metadata import audit
 from registry.metadata.audit import REFUSED, Event
@@ -26,6 +27,8 @@ from registry.responses import REQUEST_ID
 #: Refusals that wait to be written; more are counted, and that is written.
 _WAITING_LIMIT: Final = 500
 _PAUSE: Final = 1.0
+#: Refusals from one address that are written in a minute: who is refused all day long shall not fill the disk either.
+_PER_MINUTE: Final = 60
 
 log = structlog.get_logger()
 
@@ -40,6 +43,7 @@ class Auditor:
         self._lines = lines
         self._waiting: list[Event] = []
         self._dropped = 0
+        self._rate = Rate(_PER_MINUTE, 60)
 
     def event(
         self,
@@ -88,7 +92,7 @@ class Auditor:
         event = self._event(request, identity, action, repository, target, detail)
         event = replace(event, outcome=REFUSED)
         self.tell(event)
-        if len(self._waiting) < _WAITING_LIMIT:
+        if len(self._waiting) < _WAITING_LIMIT and not self._rate.take(network_of(event.address)):
             self._waiting.append(event)
         else:
             self._dropped += 1
@@ -104,7 +108,7 @@ class Auditor:
         events, self._waiting = self._waiting, []
         dropped, self._dropped = self._dropped, 0
         if dropped:
-            text = f"{dropped} more refusals within a second are not listed"
+            text = f"{dropped} more refusals are not listed"
             events.append(Event("", "", "", "refusals", outcome=REFUSED, detail=text))
         if not events:
             return

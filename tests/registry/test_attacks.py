@@ -882,6 +882,20 @@ def test_nobody_writes_a_line_of_the_log_or_of_the_audit_by_a_name(logging_serve
     assert len(shown.rstrip("\n").split("\n")) == len(told_as_json) + 1
 
 
+async def test_whoever_is_refused_all_the_time_does_not_fill_the_audit(registry: Registry, target: Image) -> None:
+    for number in range(300):
+        headers = {"Authorization": f"Bearer no.good.{number}"}
+        assert (await ask(registry.client, "GET", "/v2/", headers=headers)).status == 401
+
+    async def is_counted() -> bool:
+        return any(event.action == "refusals" for event in await events(registry))
+
+    await eventually(is_counted)
+    logins = [event for event in await events(registry) if event.action == "login"]
+    # As many as a minute may have, and those of the seconds that this takes.
+    assert 60 <= len(logins) < 200
+
+
 # --- who there is ---------------------------------------------------------------------------------------------------
 
 
