@@ -58,6 +58,9 @@ def is_current(path: Path) -> bool:
 
 def _upgrade_file(path: Path, scripts: Path, head: str) -> str | None:
     path.parent.mkdir(mode=0o750, parents=True, exist_ok=True)
+    # In it are hashes of passwords and the keys by which tokens are signed; its directory may be an open one.
+    with contextlib.suppress(OSError):
+        path.touch(mode=0o640)
     current = _revision_of_file(path)
     copy = None
     if current != head:

@@ -30,6 +30,7 @@ from registry.config import Settings
 from registry.dispatch import Dispatcher
 from registry.metadata import accounts, audit, keys, rules
 from registry.metadata.engine import open_database
+from registry.metadata.schema import upgrade
 from storage.oci import DOCKER_LIST, OCI_CONFIG, OCI_INDEX, OCI_MANIFEST
 from tests.conftest import Start
 from tests.content import Client, Image, descriptor, digest_of
@@ -880,6 +881,13 @@ def test_nobody_writes_a_line_of_the_log_or_of_the_audit_by_a_name(logging_serve
     assert not _CONTROLS.search(shown)
     # One line for each, and that of the columns' names.
     assert len(shown.rstrip("\n").split("\n")) == len(told_as_json) + 1
+
+
+def test_only_its_owner_and_his_group_can_read_the_database(tmp_path: Path) -> None:
+    """In it are hashes of passwords, and the keys by which tokens are signed. Its directory may be an open one."""
+    path = tmp_path / "hythe.db"
+    upgrade(f"sqlite:///{path}")
+    assert path.stat().st_mode & 0o007 == 0
 
 
 async def test_whoever_is_refused_all_the_time_does_not_fill_the_audit(registry: Registry, target: Image) -> None:
