@@ -106,7 +106,7 @@ class Tokens:
             raise BadRequest(f"this is the service {self._settings.service}, not {service[:100]!r}")
         scope = identity.granted(asked.getall("scope", []))
         if wants_refresh and not refresh:
-            refresh = await self._new_refresh(call, identity)
+            refresh = await self._new_refresh(call, identity, asked.get("client_id", ""))
         seconds = int(min(self._settings.token_seconds, identity.ends_at - time.time()))
         token = await self._sign(identity, scope, seconds)
         answer = {
@@ -130,12 +130,12 @@ class Tokens:
         }
         return await self._signer.sign(identity.name, seconds, claims)
 
-    async def _new_refresh(self, call: Call, identity: Identity) -> str:
+    async def _new_refresh(self, call: Call, identity: Identity, client: str) -> str:
         """Return a token to keep instead of a password; none for who came by a token, which is to be kept itself."""
         if not identity.account or identity.credential != "password" or not self._settings.refresh_days:
             return ""
         token = access_tokens.new_token()
-        name = printable(call.parameter("client_id") or "docker login")
+        name = printable(client or "docker login")
         event = self._auditor.event(call.request, identity, "login.keep", target=name)
         await self._database.write(
             audited,

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import base64
 
+import pytest
+
 from registry.metadata import access_tokens, audit
-from tests.registry.accounts import Registry, basic
+from tests.registry.accounts import PASSWORD, Registry, basic
 from tests.registry.talk import ask, wire
 
 #: What is no name, no password and no token, as it stands in the header.
@@ -52,9 +54,14 @@ async def test_a_form_of_any_bytes_is_refused_likewise(registry: Registry) -> No
         assert (answer.status, answer.codes) == (401, ["UNAUTHORIZED"]), form
 
 
-async def test_a_client_may_call_itself_anything(registry: Registry) -> None:
-    query = {"offline_token": "true", "client_id": "doc\0ker"}
-    answer = await ask(registry.client, "GET", "/v2/token", params=query, headers=basic("root"))
+@pytest.mark.parametrize("how", ["query", "form"])
+async def test_a_client_may_call_itself_anything(registry: Registry, how: str) -> None:
+    if how == "query":
+        query = {"offline_token": "true", "client_id": "doc\0ker"}
+        answer = await ask(registry.client, "GET", "/v2/token", params=query, headers=basic("root"))
+    else:
+        login = {"grant_type": "password", "username": "root", "password": PASSWORD, "access_type": "offline"}
+        answer = await ask(registry.client, "POST", "/v2/token", data={**login, "client_id": "doc\0ker"})
     assert answer.status == 200
     ((_, kept),) = await registry.database.read(access_tokens.of, "root", refresh=True)
     assert kept.name == "doc\\x00ker"
