@@ -146,6 +146,7 @@ class Identity:
         scope: what a token for requests is for; None where it is none.
         credential: what came with the request, for the audit.
         token: id of the personal or refresh token behind it, or 0.
+        changed_at: when the account had last been changed; what is signed or kept for it is void after the next time.
         until: when it must be looked at anew, in seconds since the epoch.
         ends_at: when the credential ends, likewise: nothing that is given for it lasts longer.
         is_known: it said who it is, if only by a token for nobody.
@@ -159,6 +160,7 @@ class Identity:
     scope: Scope | None = None
     credential: str = ""
     token: int = 0
+    changed_at: int = 0
     until: float = math.inf
     ends_at: float = math.inf
     is_known: bool = True

@@ -163,7 +163,7 @@ class Credentials:
             nobody = await self._anonymous()
             return replace(nobody, scope=scope, until=until, is_known=True, is_ended=until <= time.time())
         found = await self._database.read(principals.by_id, account, personal)
-        if found is None or found.account.is_disabled or found.account.changed_at > at:
+        if found is None or found.account.is_disabled or found.account.changed_at != at:
             reason = "the account is gone, disabled or changed, or the token behind it was revoked"
             raise self._refused(request, LoginFailed(str(claims["sub"]), reason), "invalid_token")
         credential = f"token {personal}" if personal else str(claims.get("by", ""))

@@ -136,6 +136,7 @@ def identity_of(found: Principal, credential: str, until: float, ends_at: float 
         bound=bound_of(token.scope) if token else None,
         credential=credential,
         token=token.id if token else 0,
+        changed_at=found.account.changed_at,
         until=min(until, ends_at),
         ends_at=ends_at,
     )

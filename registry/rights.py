@@ -126,6 +126,7 @@ class Rights:
             secret_hash(token),
             json.dumps(scope),
             ends_at,
+            identity.changed_at,
         )
         self._auditor.tell(event)
         answer = {"id": added, "owner": owner, "name": name, "token": token, "ends_at": rfc3339(ends_at)}

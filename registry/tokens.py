@@ -126,7 +126,7 @@ class Tokens:
             "account": identity.account,
             "token": identity.token,
             "by": identity.credential,
-            "at": now(),
+            "at": identity.changed_at,
         }
         return await self._signer.sign(identity.name, seconds, claims)
 
@@ -140,12 +140,11 @@ class Tokens:
         await self._database.write(
             audited,
             event,
-            access_tokens.add,
+            access_tokens.add_refresh,
             identity.account,
-            access_tokens.REFRESH,
+            identity.changed_at,
             name[:100],
             access_tokens.secret_hash(token),
-            "[]",
             now() + self._settings.refresh_days * _DAY,
         )
         self._auditor.tell(event)

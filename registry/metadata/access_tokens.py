@@ -92,9 +92,30 @@ def add(
     return int(result.inserted_primary_key[0])
 
 
-def add_personal(connection: Connection, owner: str, name: str, secret: str, scope: str, ends_at: int | None) -> int:
-    """Keep a new personal token of the account called `owner`. Raises `AccountsError`."""
+def add_refresh(
+    connection: Connection, account_id: int, changed_at: int, name: str, secret: str, ends_at: int | None
+) -> int:
+    """Keep a new refresh token of an account that is still as it was; raises `AccountsError` where it is not."""
+    accounts.demand_unchanged(connection, account_id, changed_at)
+    return add(connection, account_id, REFRESH, name, secret, "[]", ends_at)
+
+
+def add_personal(
+    connection: Connection,
+    owner: str,
+    name: str,
+    secret: str,
+    scope: str,
+    ends_at: int | None,
+    changed_at: int | None = None,
+) -> int:
+    """Keep a new personal token of the account called `owner`, which is still as it was if that is given.
+
+    Raises `AccountsError`.
+    """
     account_id = accounts.demand(connection, owner).id
+    if changed_at is not None:
+        accounts.demand_unchanged(connection, account_id, changed_at)
     kept = select(func.count()).select_from(access_token).filter_by(account_id=account_id, kind=PERSONAL)
     if (connection.scalar(kept) or 0) >= _PERSONAL_LIMIT:
         raise AccountsError(f"{owner} has {_PERSONAL_LIMIT} tokens already: revoke some")

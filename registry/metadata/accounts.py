@@ -91,6 +91,16 @@ def demand(connection: Connection, name: str) -> Account:
     return found
 
 
+def demand_unchanged(connection: Connection, account_id: int, changed_at: int) -> None:
+    """Keep an account as it was found until the end of the transaction, or raise `AccountsError`.
+
+    Whoever showed a password that is changed at the same moment must not be given what would outlive it.
+    """
+    kept = select(account.c.changed_at).where(account.c.id == account_id).with_for_update()
+    if connection.scalar(kept) != changed_at:
+        raise AccountsError("the account was changed meanwhile: log in again")
+
+
 def everyone(connection: Connection) -> list[Account]:
     """Return all accounts, by name."""
     return [_account(row) for row in connection.execute(select(*_columns).order_by(account.c.name))]

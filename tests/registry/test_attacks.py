@@ -11,10 +11,12 @@ import json
 import re
 import socket
 import sys
+import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +27,11 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_private_key
 
+from registry import passwords
 from registry.app import ANSWERS
 from registry.config import Settings
 from registry.dispatch import Dispatcher
-from registry.metadata import accounts, audit, keys, rules
+from registry.metadata import access_tokens, accounts, audit, keys, rules
 from registry.metadata.engine import open_database
 from registry.metadata.schema import upgrade
 from storage.oci import DOCKER_LIST, OCI_CONFIG, OCI_INDEX, OCI_MANIFEST
@@ -935,3 +938,67 @@ async def test_who_there_is_is_told_neither_by_words_nor_by_the_work_that_is_don
     # One hash for each, as costly as any.
     assert len(hashed) == len(asked)
     assert all(argon2.extract_parameters(known) == argon2.extract_parameters(HASH) for known in hashed)
+
+
+# --- those who are quick --------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Held:
+    """Holds passwords up while they are checked, until it is told to go on."""
+
+    begun: threading.Event
+    go_on: threading.Event
+
+
+@pytest.fixture
+def checking(monkeypatch: pytest.MonkeyPatch) -> Iterator[_Held]:
+    held = _Held(threading.Event(), threading.Event())
+    check = passwords._check
+
+    def checked(hashed: str | None, password: str) -> bool:
+        held.begun.set()
+        held.go_on.wait(PATIENCE)
+        return check(hashed, password)
+
+    monkeypatch.setattr("registry.passwords._check", checked)
+    yield held
+    held.go_on.set()
+
+
+@pytest.mark.parametrize("asked_by", ["query", "form", "api"])
+async def test_a_login_that_a_new_password_overtakes_gives_nothing_that_lasts(
+    registry: Registry, target: Image, checking: _Held, asked_by: str
+) -> None:
+    """Whoever has the old password, and is logging in all the time, is out when it is changed."""
+    if asked_by == "query":
+        query = {"offline_token": "true", "scope": f"repository:{OWN}:pull"}
+        request = ask(registry.client, "GET", "/v2/token", params=query, headers=basic("mallory"))
+    elif asked_by == "form":
+        form = {"grant_type": "password", "username": "mallory", "password": PASSWORD, "access_type": "offline"}
+        request = ask(registry.client, "POST", "/v2/token", data=form)
+    else:
+        request = ask(registry.client, "POST", "/api/v1/tokens?name=mine&days=0", headers=basic("mallory"))
+    logging_in = asyncio.create_task(request)
+    assert await asyncio.to_thread(checking.begun.wait, PATIENCE)
+    await registry.database.write(accounts.set_password, "mallory", passwords.hash_password("another one"))
+    checking.go_on.set()
+    answer = await logging_in
+    assert answer.status == 409, answer
+    assert await registry.database.read(access_tokens.of, "mallory", refresh=True) == []
+
+
+async def test_a_token_that_was_asked_for_by_a_password_that_is_changed_meanwhile_is_void(
+    registry: Registry, target: Image, checking: _Held
+) -> None:
+    query = {"scope": f"repository:{OWN}:pull"}
+    request = ask(registry.client, "GET", "/v2/token", params=query, headers=basic("mallory"))
+    logging_in = asyncio.create_task(request)
+    assert await asyncio.to_thread(checking.begun.wait, PATIENCE)
+    await registry.database.write(accounts.set_password, "mallory", passwords.hash_password("another one"))
+    checking.go_on.set()
+    answer = await logging_in
+    if answer.status == 200:
+        headers = {"Authorization": f"Bearer {answer.json['token']}"}
+        answer = await ask(registry.client, "GET", "/v2/", headers=headers)
+    assert answer.codes == ["UNAUTHORIZED"]
