@@ -140,7 +140,7 @@ def build(settings: Settings, *, process: Process | None = None, store: Store | 
         Tokens(database, credentials, signer, auditor, receiver, settings.accounts),
         Blobs(store, contents, sender, auditor),
         Uploads(database, Sessions(store, database, contents, fresh), receiver, gate, auditor),
-        Manifests(store, contents, receiver, auditor, settings.registry),
+        Manifests(store, contents, receiver, gate, auditor, settings.registry),
         Listings(database),
         Referrers(database, contents),
     )

@@ -33,6 +33,7 @@ from registry.metadata import policy, principals, rules
 from registry.metadata.access_tokens import PREFIX
 from registry.metadata.engine import Database, Watch
 from registry.metadata.policy import Policy
+from registry.responses import POLICY
 from registry.signing import GRACE, InvalidToken, Signer
 
 #: Credentials that are remembered.
@@ -86,6 +87,7 @@ class Credentials:
             TooManyRequests: too many were not.
         """
         current = await self._current()
+        request[POLICY] = current.version
         if not current.has_accounts:
             return OPEN
         header = request.headers.get(hdrs.AUTHORIZATION)
@@ -102,6 +104,10 @@ class Credentials:
             if len(self._known) > _KNOWN_LIMIT:
                 self._known.popitem(last=False)
         return identity
+
+    async def is_still_known(self, request: web.Request) -> bool:
+        """Return whether nobody's rights have changed since it was said who sends a request."""
+        return (await self._current()).version == request[POLICY]
 
     async def log_in(self, request: web.Request, name: str, password: str) -> Identity:
         """Return whom a name and a password stand for. Raises as `identify` does."""

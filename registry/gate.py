@@ -80,6 +80,15 @@ class Gate:
             raise Hidden(f"there is no repository {name}, or {who} may not pull from it")
         raise Denied(_DENIED[right].format(who=who, name=name or "/"))
 
+    async def demand_still(self, request: web.Request, name: str, right: Right) -> None:
+        """Let a request do so whose body came only now: it may have taken hours, and rights may be gone meanwhile.
+
+        Raises as `identify`, `demand` and `demand_writable` do.
+        """
+        if not await self._credentials.is_still_known(request):
+            self.demand(request, await self._credentials.identify(request), name, right)
+            self.demand_writable()
+
     def wider(self, request: web.Request, resources: Sequence[str]) -> Unauthorized:
         """Return the error by which a client gets a token for all of `resources`."""
         return self._challenges.to(request, resources, "insufficient_scope")

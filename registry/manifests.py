@@ -9,6 +9,7 @@ from aiohttp import hdrs, web
 from multidict import CIMultiDict
 
 from registry import locations
+from registry.access import Right
 from registry.audit import Auditor
 from registry.calls import Call
 from registry.config import RegistrySettings
@@ -20,6 +21,7 @@ from registry.errors import (
     ManifestTooLarge,
     TooManyTags,
 )
+from registry.gate import Gate
 from registry.metadata.audit import Event
 from registry.metadata.manifests import PushedManifest, StoredManifest
 from registry.responses import BYTES_IN, REPEATABLE, is_known
@@ -44,12 +46,19 @@ class Manifests:
     """Manifests and the tags that point to them."""
 
     def __init__(
-        self, store: Store, contents: Contents, receiver: Receiver, auditor: Auditor, settings: RegistrySettings
+        self,
+        store: Store,
+        contents: Contents,
+        receiver: Receiver,
+        gate: Gate,
+        auditor: Auditor,
+        settings: RegistrySettings,
     ) -> None:
-        """Serve `contents`; `store` is read for the configurations of images only."""
+        """Serve `contents` as `gate` lets; `store` is read for the configurations of images only."""
         self._store = store
         self._contents = contents
         self._receiver = receiver
+        self._gate = gate
         self._auditor = auditor
         self._settings = settings
 
@@ -83,6 +92,7 @@ class Manifests:
         if body is None:
             raise ManifestTooLarge(f"a manifest may have {self._settings.manifest_bytes} bytes here")
         call.request[BYTES_IN] = len(body)
+        await self._gate.demand_still(call.request, call.repository, Right.PUSH)
         digest = _digest_of(body, reference)
         facts = parse_manifest(body, content_type)
         pushed = PushedManifest(facts, digest, body, await self._platforms(call.repository, facts))

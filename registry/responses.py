@@ -21,6 +21,8 @@ INVITED: Final = web.RequestKey("invited", bool)
 
 #: Who sent it, once that is known.
 WHO: Final = web.RequestKey("who", Identity)
+#: Under which version of the policy it was let in.
+POLICY: Final = web.RequestKey("policy", int)
 #: It was counted against a limit, as the next one in the same words must be.
 COUNTED: Final = web.RequestKey("counted", bool)
 #: Its answer depends on nothing but its head and the epoch of the cache.

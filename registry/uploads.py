@@ -117,6 +117,7 @@ class Uploads:
             if whole is None or not await self._publish_fresh(call, session_id, whole, digest, event):
                 async with self._sessions.claimed(call.repository, session_id, digest) as claim:
                     await self._receive(call, claim, whole, last=False)
+                    await self._gate.demand_still(call.request, call.repository, Right.PUSH)
                     await self._sessions.publish(claim, digest, event)
         self._auditor.tell(event)
         return _created(call, digest)

@@ -31,7 +31,7 @@ from registry import passwords
 from registry.app import ANSWERS
 from registry.config import Settings
 from registry.dispatch import Dispatcher
-from registry.metadata import access_tokens, accounts, audit, keys, rules
+from registry.metadata import access_tokens, accounts, audit, keys, policy, rules
 from registry.metadata.engine import open_database
 from registry.metadata.schema import upgrade
 from storage.oci import DOCKER_LIST, OCI_CONFIG, OCI_INDEX, OCI_MANIFEST
@@ -1002,3 +1002,50 @@ async def test_a_token_that_was_asked_for_by_a_password_that_is_changed_meanwhil
         headers = {"Authorization": f"Bearer {answer.json['token']}"}
         answer = await ask(registry.client, "GET", "/v2/", headers=headers)
     assert answer.codes == ["UNAUTHORIZED"]
+
+
+@pytest.mark.parametrize(
+    ("what", "change"),
+    [
+        ("manifest", "rule"),
+        ("manifest", "read-only"),
+        ("blob", "rule"),
+        ("blob in chunks", "disabled"),
+    ],
+)
+async def test_a_body_that_outlasts_the_right_to_send_it_is_not_kept(
+    registry: Registry, target: Image, what: str, change: str
+) -> None:
+    """Whoever is about to lose his rights could begin a push, and end it when he likes."""
+    by = f"Authorization: {basic('mallory')['Authorization']}"
+    await push_blob(registry.client, OWN, target.config, basic("mallory"))
+    content = json.dumps({"schemaVersion": 2, "config": descriptor(target.config, OCI_CONFIG), "layers": []}).encode()
+    digest = digest_of(content)
+    if what == "manifest":
+        start = ("PUT", f"/v2/{OWN}/manifests/{digest}")
+        found = f"/v2/{OWN}/manifests/{digest}"
+    else:
+        begun = await ask(registry.client, "POST", f"/v2/{OWN}/blobs/uploads/", headers=basic("mallory"))
+        start = ("PUT", f"{begun.headers['Location']}?digest={digest}")
+        found = f"/v2/{OWN}/blobs/{digest}"
+    is_chunked = what == "blob in chunks"
+    length = "Transfer-Encoding: chunked" if is_chunked else f"Content-Length: {len(content)}"
+    parts = [content[:10], content[10:]]
+    if is_chunked:
+        parts = [b"%x\r\n%s\r\n" % (len(part), part) for part in parts]
+        parts[1] += b"0\r\n\r\n"
+    async with wire(registry.client) as talk:
+        await talk.request(*start, [by, length, "Expect: 100-continue", f"Content-Type: {OCI_MANIFEST}"])
+        # It is let in when it is invited.
+        assert (await talk.answer()).status == 100
+        await talk.send(parts[0])
+        if change == "rule":
+            await registry.database.write(rules.revoke, "mallory", "push", "mallory")
+        elif change == "disabled":
+            await registry.database.write(accounts.set_disabled, "mallory", disabled=True)
+        else:
+            await registry.database.write(policy.set_read_only, "the disk is being moved")
+        await talk.send(parts[1])
+        answer = await talk.answer()
+    assert answer.status == {"rule": 403, "disabled": 401, "read-only": 503}[change], answer
+    assert (await ask(registry.client, "GET", found, headers=basic("root"))).status == 404
