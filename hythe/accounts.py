@@ -12,11 +12,11 @@ from hythe.browse import Result, table
 from hythe.client import printable
 from hythe.ledger import Ledger, us
 from hythe.remote import Remote
+from registry.access.passwords import hash_password, read_htpasswd
 from registry.errors import AccountsError
 from registry.metadata import accounts, audit, policy
 from registry.metadata.audit import Event
 from registry.metadata.tables import rfc3339
-from registry.passwords import hash_password, read_htpasswd
 
 _SECOND: Final = 1_000_000
 _AGO: Final = re.compile(r"([0-9]{1,6})([mhd])")

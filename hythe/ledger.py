@@ -11,7 +11,7 @@ import json
 from collections.abc import Sequence
 from typing import Any, Final, ParamSpec, TypeVar
 
-from registry.access import Right, nodes_above, parse_node, reach
+from registry.access.rights import Right, nodes_above, parse_node, reach
 from registry.config import Settings
 from registry.errors import AccountsError, ConfigurationError, MetadataError
 from registry.lock import held

@@ -19,10 +19,10 @@ from typing import Final, NamedTuple
 
 from aiohttp import hdrs, web
 
-from registry.access import OPEN
+from registry.access.clients import Clients
+from registry.access.limits import Rate, network_of
+from registry.access.rights import OPEN
 from registry.cache import ENTRY_SIZE, Cache
-from registry.clients import Clients
-from registry.limits import Rate, network_of
 from registry.logs import Access
 from registry.record import Recorder, logged_path
 from registry.responses import COUNTED, REPEATABLE, ROUTE, WHO

@@ -13,40 +13,40 @@ import msgspec
 import structlog
 from aiohttp import web
 
-from registry.access import Right
-from registry.accounts import Follower
+from registry.access.accounts import Follower
+from registry.access.audit import Auditor
+from registry.access.challenges import Challenges
+from registry.access.clients import Clients
+from registry.access.credentials import Credentials
+from registry.access.gate import Gate
+from registry.access.granting import Rights
+from registry.access.issuers import Issuers
+from registry.access.limits import LoginLimits, Rate
+from registry.access.logins import Logins
+from registry.access.passwords import Passwords
+from registry.access.rights import Right
+from registry.access.signing import Signer
+from registry.access.tokens import Tokens
 from registry.affinity import Affinity
 from registry.answers import Answers
-from registry.audit import Auditor
 from registry.blobs import Blobs
 from registry.browse import Browse
-from registry.challenges import Challenges
-from registry.clients import Clients
 from registry.config import Settings
 from registry.contents import Contents
-from registry.credentials import Credentials
 from registry.dispatch import Dispatcher, Table
 from registry.fresh import FreshSessions
-from registry.gate import Gate
 from registry.health import Health
-from registry.issuers import Issuers
-from registry.limits import LoginLimits, Rate
 from registry.listings import Listings
-from registry.logins import Logins
 from registry.logs import Lines, is_json
 from registry.manifests import Manifests
 from registry.metadata.engine import Database, open_database
 from registry.metrics import Metrics
 from registry.middleware import Observer
-from registry.passwords import Passwords
 from registry.record import Recorder
 from registry.referrers import Referrers
-from registry.rights import Rights
 from registry.routes import Endpoint
 from registry.sessions import Sessions
-from registry.signing import Signer
 from registry.sweeper import Doubt, Sweeper
-from registry.tokens import Tokens
 from registry.transfer import Receiver, Sender
 from registry.uploads import Uploads
 from storage.base import Store

@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator
 from aiohttp import hdrs, web
 from multidict import CIMultiDict
 
-from registry.audit import Auditor
+from registry.access.audit import Auditor
 from registry.calls import Call
 from registry.contents import Contents
 from registry.ranges import parse_ranges

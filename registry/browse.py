@@ -12,11 +12,11 @@ from typing import Any, Final
 import msgspec
 from aiohttp import web
 
-from registry.access import Identity, Right
-from registry.audit import Auditor
+from registry.access.audit import Auditor
+from registry.access.gate import Gate
+from registry.access.rights import Identity, Right
 from registry.contents import Contents
 from registry.errors import BadRequest, ManifestInvalid, ManifestUnknown, Unsupported
-from registry.gate import Gate
 from registry.listings import page
 from registry.metadata import repositories, tags
 from registry.metadata.engine import Database

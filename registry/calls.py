@@ -9,7 +9,7 @@ from typing import Final
 
 from aiohttp import web
 
-from registry.access import Identity
+from registry.access.rights import Identity
 from registry.errors import BlobUploadUnknown, ManifestInvalid, ManifestUnknown
 from storage.digest import Digest
 from storage.errors import InvalidName

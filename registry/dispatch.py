@@ -6,10 +6,10 @@ from typing import Final
 
 from aiohttp import hdrs, web
 
-from registry.access import Identity, Right
+from registry.access.gate import Gate
+from registry.access.rights import Identity, Right
 from registry.calls import Call, Handler
 from registry.errors import NotFound, Unsupported, UnsupportedEncoding
-from registry.gate import Gate
 from registry.responses import ROUTE
 from registry.routes import Endpoint, match
 from storage.names import RepositoryName, parse_repository

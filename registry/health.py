@@ -10,9 +10,9 @@ import structlog
 from aiohttp import web
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
+from registry.access.gate import Gate
 from registry.errors import MetadataError
 from registry.fresh import FreshSessions
-from registry.gate import Gate
 from registry.metadata import sessions
 from registry.metadata.engine import Database
 from registry.metrics import Metrics

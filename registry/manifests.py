@@ -9,8 +9,9 @@ from aiohttp import hdrs, web
 from multidict import CIMultiDict
 
 from registry import locations
-from registry.access import Right
-from registry.audit import Auditor
+from registry.access.audit import Auditor
+from registry.access.gate import Gate
+from registry.access.rights import Right
 from registry.calls import Call
 from registry.config import RegistrySettings
 from registry.contents import Contents
@@ -21,7 +22,6 @@ from registry.errors import (
     ManifestTooLarge,
     TooManyTags,
 )
-from registry.gate import Gate
 from registry.metadata.audit import Event
 from registry.metadata.manifests import PushedManifest, StoredManifest
 from registry.responses import BYTES_IN, REPEATABLE, is_known

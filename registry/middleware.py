@@ -12,7 +12,7 @@ from typing import Any, Final
 import structlog
 from aiohttp import hdrs, web
 
-from registry.clients import Clients
+from registry.access.clients import Clients
 from registry.errors import (
     AccountsError,
     AccountUnknown,

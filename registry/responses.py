@@ -8,7 +8,7 @@ from typing import Any, Final
 import msgspec
 from aiohttp import web
 
-from registry.access import Identity
+from registry.access.rights import Identity
 
 #: Which endpoint it was for, for metrics.
 ROUTE: Final = web.RequestKey("route", str)

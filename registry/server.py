@@ -18,7 +18,7 @@ from typing import Final
 import structlog
 from aiohttp import web
 
-from registry.accounts import make_accounts
+from registry.access.accounts import make_accounts
 from registry.affinity import Affinity
 from registry.app import ANSWERS, OBSERVER, Process, build, open_facts, open_store
 from registry.config import Settings, check_open

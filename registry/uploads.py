@@ -14,12 +14,12 @@ from typing import Final
 from aiohttp import hdrs, web
 
 from registry import locations
-from registry.access import Right
-from registry.audit import Auditor
+from registry.access.audit import Auditor
+from registry.access.challenges import resource
+from registry.access.gate import Gate
+from registry.access.rights import Right
 from registry.calls import Call
-from registry.challenges import resource
 from registry.errors import BlobUploadUnknown, ChunkOutOfOrder, DigestInvalid, MetadataError, RegistryError, SizeInvalid
-from registry.gate import Gate
 from registry.metadata import blobs
 from registry.metadata.audit import Event
 from registry.metadata.engine import Database

@@ -6,10 +6,10 @@ import base64
 import json
 from dataclasses import dataclass
 
+from registry.access.passwords import hash_password
 from registry.metadata import access_tokens, accounts, rules
 from registry.metadata.access_tokens import new_token, secret_hash
 from registry.metadata.engine import Database
-from registry.passwords import hash_password
 from tests.content import Client, Image, digest_of, make_image
 from tests.registry.talk import Answer, ask
 

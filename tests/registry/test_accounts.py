@@ -10,13 +10,13 @@ import jwt
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from registry.access import Held, Identity, Right
+from registry.access.passwords import hash_password
+from registry.access.rights import Held, Identity, Right
 from registry.config import Settings
 from registry.dispatch import Dispatcher
 from registry.metadata import access_tokens, accounts, audit, keys, policy, rules
 from registry.metadata.engine import open_database
 from registry.metadata.tables import now
-from registry.passwords import hash_password
 from tests.conftest import Start
 from tests.content import Client, Image, digest_of
 from tests.registry.accounts import EVERYTHING, HASH, NAME, PASSWORD, Registry, basic, put_manifest

@@ -27,7 +27,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_private_key
 
-from registry import passwords
+from registry.access import passwords
 from registry.app import ANSWERS
 from registry.config import Settings
 from registry.dispatch import Dispatcher
@@ -573,7 +573,7 @@ def test_a_long_line_keeps_nobody_waiting(tmp_path: Path) -> None:
 async def test_a_form_that_comes_byte_by_byte_is_not_waited_for(
     registry: Registry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("registry.tokens._FORM_SECONDS", 0.5)
+    monkeypatch.setattr("registry.access.tokens._FORM_SECONDS", 0.5)
     async with wire(registry.client) as talk:
         form = ["Content-Type: application/x-www-form-urlencoded", "Content-Length: 60000"]
         await talk.request("POST", "/v2/token", form)
@@ -961,7 +961,7 @@ def checking(monkeypatch: pytest.MonkeyPatch) -> Iterator[_Held]:
         held.go_on.wait(PATIENCE)
         return check(hashed, password)
 
-    monkeypatch.setattr("registry.passwords._check", checked)
+    monkeypatch.setattr("registry.access.passwords._check", checked)
     yield held
     held.go_on.set()
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from aiohttp import ClientSession, TCPConnector, web
 
-from registry.clients import Clients
+from registry.access.clients import Clients
 from registry.config import ServerSettings, Settings
 from registry.metadata import accounts, audit
 from registry.metadata.engine import open_database

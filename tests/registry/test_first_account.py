@@ -12,13 +12,13 @@ import bcrypt
 import pytest
 import requests
 
-from registry.accounts import make_accounts
+from registry.access.accounts import make_accounts
+from registry.access.passwords import hash_password
 from registry.config import AccountSettings
 from registry.errors import ConfigurationError
 from registry.metadata import accounts, principals
 from registry.metadata.accounts import Account
 from registry.metadata.engine import Database, open_database
-from registry.passwords import hash_password
 from tests.services.processes import hythe_server
 
 PASSWORD = "the first password"

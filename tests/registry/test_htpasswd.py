@@ -9,12 +9,12 @@ import bcrypt
 import pytest
 from structlog.testing import capture_logs
 
-from registry.accounts import Follower, make_accounts
+from registry.access.accounts import Follower, make_accounts
+from registry.access.passwords import hash_password, read_htpasswd
 from registry.config import AccountSettings
 from registry.errors import AccountsError, ConfigurationError
 from registry.metadata import accounts, rules
 from registry.metadata.engine import Database
-from registry.passwords import hash_password, read_htpasswd
 from tests.conftest import Start
 from tests.registry.accounts import NAME, PASSWORD, Registry, basic
 from tests.registry.talk import ask
@@ -266,7 +266,7 @@ async def test_a_password_of_the_file_is_changed_there_alone(registry: Registry)
 async def test_a_server_follows_it_by_itself(
     start: Start, database: Database, users: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("registry.accounts._PAUSE", 0.02)
+    monkeypatch.setattr("registry.access.accounts._PAUSE", 0.02)
     await start(accounts={"htpasswd": str(users)})
     for name in ("alice", "bob", "carol"):
         write(users, line(name))

@@ -72,7 +72,7 @@ async def registry(registry: Registry) -> Registry:
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    return Clock(monkeypatch, "registry.issuers")
+    return Clock(monkeypatch, "registry.access.issuers")
 
 
 async def log_in(registry: Registry, token: str) -> Answer:

@@ -9,8 +9,8 @@ from collections.abc import Awaitable, Callable, Mapping
 import pytest
 from aiohttp import ClientSession, TCPConnector
 
+from registry.access.limits import LoginLimits, Rate, network_of, retry_after
 from registry.errors import TooManyRequests
-from registry.limits import LoginLimits, Rate, network_of, retry_after
 from registry.metadata import rules
 from tests.conftest import Start
 from tests.registry.accounts import MANIFEST_TYPE, NAME, Registry, basic
@@ -27,7 +27,7 @@ Begin = Callable[..., Awaitable[Registry]]
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    return Clock(monkeypatch, "registry.limits")
+    return Clock(monkeypatch, "registry.access.limits")
 
 
 @pytest.fixture
@@ -89,7 +89,7 @@ def test_a_rate_of_nothing_is_no_limit() -> None:
 
 
 def test_those_who_were_not_seen_for_longest_are_forgotten_first(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("registry.limits._KEYS_LIMIT", 2)
+    monkeypatch.setattr("registry.access.limits._KEYS_LIMIT", 2)
     rate = Rate(1, 1)
     assert [rate.take(client) for client in ("a", "b")] == [0, 0]
     assert rate.take("a") > 0

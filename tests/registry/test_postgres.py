@@ -15,7 +15,7 @@ from sqlalchemy import Connection, text
 
 import migrations
 import registry.metadata.postgres
-from registry.accounts import make_accounts
+from registry.access.accounts import make_accounts
 from registry.config import AccountSettings
 from registry.errors import ConfigurationError, MetadataUnavailable
 from registry.metadata import accounts, blobs, manifests, repositories, rules, sessions, tags

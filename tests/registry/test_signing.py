@@ -12,10 +12,10 @@ import jwt
 import pytest
 import requests
 
+from registry.access.signing import GRACE, InvalidToken, Signer
 from registry.config import AccountSettings
 from registry.metadata import keys
 from registry.metadata.engine import Database, open_database
-from registry.signing import GRACE, InvalidToken, Signer
 from tests.services.clock import Clock
 from tests.services.processes import hythe_server
 
@@ -28,7 +28,7 @@ SETTINGS = AccountSettings(key_days=30, token_seconds=LONGEST)
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     """A clock that is behind by so much that no test gets to the present, in which tokens are not valid yet."""
-    made = Clock(monkeypatch, "registry.signing")
+    made = Clock(monkeypatch, "registry.access.signing")
     made.advance(-100 * DAY)
     monkeypatch.setattr("registry.metadata.keys.now", lambda: made.time_ns() // 1000)
     return made

@@ -20,11 +20,12 @@ from urllib.parse import parse_qsl
 from aiohttp import hdrs, web
 from multidict import MultiDict, MultiMapping
 
-from registry.access import Identity, Scope
-from registry.audit import Auditor
+from registry.access.audit import Auditor
+from registry.access.credentials import Credentials
+from registry.access.rights import Identity, Scope
+from registry.access.signing import Signer
 from registry.calls import Call
 from registry.config import AccountSettings
-from registry.credentials import Credentials
 from registry.errors import BadRequest, RequestTimeout, Unauthorized
 from registry.logs import printable
 from registry.metadata import access_tokens
@@ -32,7 +33,6 @@ from registry.metadata.audit import audited
 from registry.metadata.engine import Database
 from registry.metadata.tables import now, rfc3339
 from registry.responses import json_response
-from registry.signing import Signer
 from registry.transfer import Receiver, read_limited
 
 _BODY_LIMIT: Final = 64 << 10

@@ -7,8 +7,8 @@ from typing import Final
 
 from aiohttp import hdrs, web
 
-from registry.access import Right
-from registry.clients import Clients
+from registry.access.clients import Clients
+from registry.access.rights import Right
 from registry.errors import Unauthorized
 
 CATALOG: Final = "registry:catalog:*"

@@ -15,14 +15,14 @@ from typing import Final
 
 import structlog
 
-from registry.access import Held, Identity
+from registry.access.issuers import Issuers, looks_like_one
+from registry.access.limits import LoginLimits
+from registry.access.passwords import Passwords, is_ours
+from registry.access.rights import Held, Identity
 from registry.errors import MetadataError
-from registry.issuers import Issuers, looks_like_one
-from registry.limits import LoginLimits
 from registry.metadata import access_tokens, accounts, principals
 from registry.metadata.engine import Database
 from registry.metadata.principals import Principal
-from registry.passwords import Passwords, is_ours
 
 #: Seconds that a refusal takes at least.
 _REFUSAL_SECONDS: Final = 0.3

@@ -8,11 +8,11 @@ from typing import Final
 
 import structlog
 
+from registry.access.passwords import hash_password, read_htpasswd
 from registry.config import AccountSettings
 from registry.errors import AccountsError, ConfigurationError, MetadataError
 from registry.metadata import accounts, policy
 from registry.metadata.engine import Database
-from registry.passwords import hash_password, read_htpasswd
 
 #: Seconds between two looks at the file.
 _PAUSE: Final = 5.0

@@ -22,19 +22,19 @@ from typing import Final
 
 from aiohttp import hdrs, web
 
-from registry.access import OPEN, Held, Identity, Scope
-from registry.audit import Auditor
-from registry.challenges import Challenges
-from registry.clients import Clients
+from registry.access.audit import Auditor
+from registry.access.challenges import Challenges
+from registry.access.clients import Clients
+from registry.access.limits import Rate, network_of, retry_after
+from registry.access.logins import LoginFailed, Logins, identity_of
+from registry.access.rights import OPEN, Held, Identity, Scope
+from registry.access.signing import GRACE, InvalidToken, Signer
 from registry.errors import TooManyRequests, Unauthorized
-from registry.limits import Rate, network_of, retry_after
-from registry.logins import LoginFailed, Logins, identity_of
 from registry.metadata import policy, principals, rules
 from registry.metadata.access_tokens import PREFIX
 from registry.metadata.engine import Database, Watch
 from registry.metadata.policy import Policy
 from registry.responses import POLICY
-from registry.signing import GRACE, InvalidToken, Signer
 
 #: Credentials that are remembered.
 _KNOWN_LIMIT: Final = 10_000

@@ -14,10 +14,10 @@ from typing import Final
 import structlog
 from aiohttp import web
 
-from registry.access import OPEN, Identity
-from registry.clients import Clients
+from registry.access.clients import Clients
+from registry.access.limits import Rate, network_of
+from registry.access.rights import OPEN, Identity
 from registry.errors import MetadataError
-from registry.limits import Rate, network_of
 from registry.logs import Lines, printable
 from registry.metadata import audit
 from registry.metadata.audit import REFUSED, Event

@@ -7,14 +7,14 @@ from typing import Final
 
 from aiohttp import web
 
-from registry.access import OPEN, Identity, Right
-from registry.audit import Auditor
-from registry.challenges import CATALOG, Challenges, resource
-from registry.clients import Clients
+from registry.access.audit import Auditor
+from registry.access.challenges import CATALOG, Challenges, resource
+from registry.access.clients import Clients
+from registry.access.credentials import Credentials
+from registry.access.limits import Rate, network_of
+from registry.access.rights import OPEN, Identity, Right
 from registry.config import LimitSettings
-from registry.credentials import Credentials
 from registry.errors import Denied, Hidden, ReadOnly, Unauthorized
-from registry.limits import Rate, network_of
 from registry.responses import COUNTED, WHO
 
 _DENIED: Final = {

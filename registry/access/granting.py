@@ -13,10 +13,10 @@ from typing import Final
 
 from aiohttp import hdrs, web
 
-from registry.access import OPEN, Identity, Right, nodes_above, parse_node, reach
-from registry.audit import Auditor
+from registry.access.audit import Auditor
+from registry.access.gate import Gate
+from registry.access.rights import OPEN, Identity, Right, nodes_above, parse_node, reach
 from registry.errors import BadRequest, Conflict, Denied
-from registry.gate import Gate
 from registry.metadata import access_tokens, rules
 from registry.metadata.access_tokens import new_token, secret_hash
 from registry.metadata.audit import Event, audited
