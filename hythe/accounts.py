@@ -194,7 +194,8 @@ def list_audit(ledger: Ledger, since: str, user: str | None, repository: str | N
 
 
 def _what(event: Event) -> str:
-    return " ".join(filter(None, [event.repository, event.target, event.detail and f"({event.detail})"]))
+    target = event.target if event.target != event.repository else ""
+    return " ".join(filter(None, [event.repository, target, event.detail and f"({event.detail})"]))
 
 
 def _since(text: str) -> int:

@@ -9,12 +9,15 @@ import os
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import click
 
 from hythe import people
 from hythe.options import config_option, json_option, overrides_of, says_why, server_option, show
+
+if TYPE_CHECKING:
+    from registry.config import Settings
 
 _DRIVERS: Final = click.Choice(["filesystem", "s3"])
 
@@ -42,13 +45,14 @@ def serve(config_path: Path | None, listen: str | None, data: str | None, worker
     if workers:
         overrides["server.workers"] = workers
     settings = load(config_path, os.environ, overrides)
+    sys.exit(serve_registry(settings, partial(_announce, settings)))
+
+
+def _announce(settings: Settings, address: str) -> None:
     scheme = "https" if settings.tls.certificate else "http"
-    sys.exit(serve_registry(settings, partial(_announce, scheme)))
-
-
-def _announce(scheme: str, address: str) -> None:
-    push = f"docker tag IMAGE {address}/IMAGE && docker push {address}/IMAGE"
-    click.echo(f"Hythe listens on {scheme}://{address}  (push: {push})")
+    url = settings.server.public_url.rstrip("/") or f"{scheme}://{address}"
+    name = url.partition("://")[2]
+    click.echo(f"Hythe listens on {url}  (push: docker tag IMAGE {name}/IMAGE && docker push {name}/IMAGE)")
 
 
 @main.group()

@@ -43,7 +43,8 @@ def ask(server: str, method: str, endpoint: str, /, **parameters: str | Sequence
         # What answered may be anything, and say anything.
         reason = printable(str(getattr(error, "reason", error)).strip())
         raise ServerError(
-            f"no registry answers at {server}: {reason} (start one with: hythe serve; name another with --server)"
+            f"no registry answers at {server}: {reason} (start one with: hythe serve; name another with --server, "
+            "as https://… where it speaks TLS)"
         ) from None
 
 

@@ -52,7 +52,13 @@ class Ledger:
         return self._write(Event(us(), _HOW, "", action, target=target, detail=detail), unit, *args, **kwargs)
 
     def ask(self, unit: Unit[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Run a unit that only reads."""
+        """Run a unit that only reads; there must be a database, for nobody looks for something in a new one."""
+        path = sqlite_path(self._settings.database.url)
+        if path is not None and not path.exists():
+            raise ConfigurationError(
+                f"database.url: there is no {path.resolve()}: paths begin where a command is run, as for serve, so "
+                "run this where that is, or name the directory with --data"
+            )
         result: T = asyncio.run(self._run(lambda database: database.read(unit, *args, **kwargs)))
         return result
 

@@ -55,7 +55,9 @@ def _password(from_stdin: bool) -> str:
     """Ask for a password, twice; or read one from standard input, to the end of its line."""
     if from_stdin:
         return sys.stdin.readline().rstrip("\r\n")
-    return str(click.prompt("Password", hide_input=True, confirmation_prompt=True, err=True))
+    if not sys.stdin.isatty():
+        raise click.UsageError("there is no terminal to ask for a password at: send it, with --password-stdin")
+    return str(click.prompt("Password (8 characters or more)", hide_input=True, confirmation_prompt=True, err=True))
 
 
 _stdin_option = click.option("--password-stdin", is_flag=True, help="Read the password from standard input.")

@@ -12,6 +12,7 @@ from registry.access.passwords import hash_password, read_htpasswd
 from registry.config import AccountSettings
 from registry.errors import AccountsError, ConfigurationError, MetadataError
 from registry.metadata import accounts, policy
+from registry.metadata.audit import Event
 from registry.metadata.engine import Database
 
 #: Seconds between two looks at the file.
@@ -33,7 +34,9 @@ async def make_accounts(database: Database, settings: AccountSettings) -> bool:
     if settings.admin_password and not await _has_accounts(database):
         try:
             password = await asyncio.to_thread(hash_password, settings.admin_password)
-            if await database.write(accounts.add_first, accounts.checked_name(settings.admin), password):
+            name = accounts.checked_name(settings.admin)
+            event = Event("", "accounts.admin_password", "", "user.add", target=name)
+            if await database.write(accounts.add_first, name, password, event):
                 log.info("the first account was made", name=settings.admin)
         except AccountsError as error:
             raise ConfigurationError(f"accounts.admin, accounts.admin_password: {error}") from None
@@ -68,7 +71,7 @@ class Follower:
         state = await asyncio.to_thread(self._state)
         passwords = await asyncio.to_thread(read_htpasswd, self._path)
         try:
-            changed, foreign = await self._database.write(accounts.follow, passwords)
+            changed, foreign = await self._database.write(accounts.follow, passwords, "accounts.htpasswd")
         except AccountsError as error:
             raise ConfigurationError(f"{self._path}: {error}") from None
         self._read = state

@@ -11,7 +11,8 @@ from typing import Any, Final, NamedTuple
 from sqlalchemy import Connection, and_, bindparam, delete, func, insert, select, update
 
 from registry.errors import AccountsError, AccountUnknown
-from registry.metadata import policy
+from registry.metadata import audit, policy
+from registry.metadata.audit import Event
 from registry.metadata.engine import hold_still
 from registry.metadata.prepared import Prepared
 from registry.metadata.tables import access_rule, access_token, account, now, team, team_member
@@ -149,12 +150,13 @@ def add(
     return account_id
 
 
-def add_first(connection: Connection, name: str, password: str) -> bool:
-    """Make an administrator if there is no account at all; return whether that was so."""
+def add_first(connection: Connection, name: str, password: str, event: Event) -> bool:
+    """Make an administrator if there is no account at all, and keep the event of it; return whether that was so."""
     hold_still(connection, account)
     if connection.scalar(select(account.c.id).limit(1)) is not None:
         return False
     add(connection, name, USER, password, admin=True)
+    audit.add(connection, event)
     return True
 
 
@@ -195,7 +197,7 @@ def remove(connection: Connection, name: str) -> None:
     policy.changed(connection)
 
 
-def follow(connection: Connection, passwords: Mapping[str, str]) -> tuple[list[str], list[str]]:
+def follow(connection: Connection, passwords: Mapping[str, str], by: str = "") -> tuple[list[str], list[str]]:
     """Let the accounts that come from a file be those of `passwords`, hashes by name.
 
     Who is not named any more is disabled, and has no password: what he may do, and his tokens, are there again if he
@@ -227,6 +229,8 @@ def follow(connection: Connection, passwords: Mapping[str, str]) -> tuple[list[s
             _change(connection, found.id, password=None, is_disabled=True)
             _forget_logins(connection, found.id)
             changed.append(found.name)
+    if changed:
+        audit.add(connection, Event("", by, "", "user.follow", detail=", ".join(changed)))
     return changed, foreign
 
 

@@ -140,6 +140,17 @@ def test_what_cannot_be_done_is_said_in_one_line_and_changes_nothing(
     assert quiet.content() == before
 
 
+@pytest.mark.parametrize("command", [["user", "list"], ["grants"], ["audit"], ["read-only"]])
+def test_nobody_looks_for_something_in_a_database_that_is_not_there(tmp_path: Path, command: list[str]) -> None:
+    said = Desk(tmp_path / "data").run(*command, code=1)
+    assert f"there is no {tmp_path}/data/hythe.db" in said
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_a_terminal_nobody_is_asked_for_a_password(desk: Desk) -> None:
+    assert "--password-stdin" in desk.run("user", "add", "carol", code=2)
+
+
 def test_a_password_that_is_too_short_is_refused(desk: Desk) -> None:
     said = desk.run("user", "add", "carol", "--password-stdin", code=1, standard_input="short")
     assert "8 to 1024 characters" in said
@@ -195,7 +206,7 @@ def test_users_of_an_htpasswd_file_are_imported_with_their_passwords(
     assert desk.json("user", "import", str(tmp_path / "users")) == {"imported": ["carol"], "left": ["bob"]}
     assert status(served, "carol") == 200
     (tmp_path / "users").write_text("dave:{SHA}fEqNCco3Yq9h5ZUglD3CZJT4lBs=\n")
-    assert "not bcrypt" in desk.run("user", "import", str(tmp_path / "users"), code=1)
+    assert "not a bcrypt hash" in desk.run("user", "import", str(tmp_path / "users"), code=1)
 
 
 def test_maintenance_is_switched_on_told_and_switched_off(desk: Desk, served: HytheServer) -> None:

@@ -16,7 +16,7 @@ from registry.access.accounts import make_accounts
 from registry.access.passwords import hash_password
 from registry.config import AccountSettings
 from registry.errors import ConfigurationError
-from registry.metadata import accounts, principals
+from registry.metadata import accounts, audit, principals
 from registry.metadata.accounts import Account
 from registry.metadata.engine import Database, open_database
 from tests.services.processes import hythe_server
@@ -36,6 +36,19 @@ async def test_an_administrator_is_made_where_there_is_no_account(database: Data
     found = await database.read(principals.by_name, "boss")
     assert found is not None
     assert found.rules == [("", "admin")]
+
+
+async def test_he_and_those_of_a_file_are_in_the_audit_once(database: Database, tmp_path: Path) -> None:
+    users = tmp_path / "users"
+    hashed = bcrypt.hashpw(b"another one", bcrypt.gensalt(4)).decode()
+    await asyncio.to_thread(users.write_text, f"alice:{hashed}\n")
+    for _ in range(2):
+        await make_accounts(database, AccountSettings(admin="boss", admin_password=PASSWORD, htpasswd=str(users)))
+    found = await database.read(audit.find, since=0, user=None, repository=None, before=None, limit=9)
+    assert [(event.credential, event.action, event.target, event.detail) for _, event in reversed(found)] == [
+        ("accounts.admin_password", "user.add", "boss", ""),
+        ("accounts.htpasswd", "user.follow", "", "alice"),
+    ]
 
 
 async def test_where_there_is_any_account_nobody_is_made(database: Database) -> None:
