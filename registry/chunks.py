@@ -1,4 +1,4 @@
-"""Bodies in chunked encoding, read from a socket in a thread. [RFC 9112, 7.1]
+"""Bodies in chunked encoding, read from a socket in a thread, with or without TLS. [RFC 9112, 7.1]
 
 What is received goes into one of two large buffers, and the chunks are found there. Most clients send chunks that are
 all alike; then the kernel is told where each is going to lie, so that what they hold lies together as it arrives, and
@@ -13,6 +13,7 @@ import socket
 from typing import Final
 
 from registry.errors import BadRequest, RegistryError, SizeInvalid
+from registry.secure import SecureSocket
 
 #: A line that gives a chunk's size; extensions are allowed and mean nothing.
 _SIZE_LINE: Final = re.compile(rb"([0-9a-fA-F]{1,15})[ \t]*(?:;[^\r\n]*)?")
@@ -56,7 +57,7 @@ class ChunkedBody:
         """Whether there is nothing to do until more comes."""
         return not self.is_finished and self._failure is None
 
-    def read(self, sock: socket.socket, size: int) -> memoryview:
+    def read(self, sock: socket.socket | SecureSocket, size: int) -> memoryview:
         """Return what comes: a buffer full, or less when the client pauses.
 
         The kernel is asked to wake us for much at once; a client that sends 32 KiB at a time would wake us for each.
@@ -71,7 +72,7 @@ class ChunkedBody:
         finally:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1)
 
-    def _fill(self, sock: socket.socket, view: memoryview, filled: int) -> memoryview:
+    def _fill(self, sock: socket.socket | SecureSocket, view: memoryview, filled: int) -> memoryview:
         poll = select.poll()
         poll.register(sock, select.POLLIN)
         patience = _PATIENCE
@@ -89,7 +90,7 @@ class ChunkedBody:
         self.rest = bytes(view[self._position : self._filled])
         return view[: self._content]
 
-    def _take_in(self, sock: socket.socket, view: memoryview) -> bool:
+    def _take_in(self, sock: socket.socket | SecureSocket, view: memoryview) -> bool:
         """Receive what is there, and understand it; False where nothing is there."""
         if self._position == self._filled:
             self._position = self._filled = self._content
@@ -103,7 +104,7 @@ class ChunkedBody:
         self._parse(view)
         return True
 
-    def _take_in_foretold(self, sock: socket.socket, view: memoryview) -> bool:
+    def _take_in_foretold(self, sock: socket.socket | SecureSocket, view: memoryview) -> bool:
         """Do so where chunks have been alike: the kernel puts their headers aside and what they hold together.
 
         Whatever comes otherwise is put in a row again, and understood step by step.
@@ -206,7 +207,7 @@ def is_whole(data: bytes, position: int) -> bool:
     return False
 
 
-def _receive(sock: socket.socket, into: list[memoryview]) -> int | None:
+def _receive(sock: socket.socket | SecureSocket, into: list[memoryview]) -> int | None:
     """Return how many bytes came, None where there are none yet."""
     try:
         received = sock.recvmsg_into(into)[0]

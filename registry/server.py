@@ -31,6 +31,7 @@ from registry.metadata import identity, leftovers, sessions
 from registry.metadata.engine import Database, is_shared
 from registry.metadata.schema import upgrade
 from registry.metadata.sqlite import sqlite_path
+from registry.secure import Secure
 from registry.sweeper import Doubt
 from registry.tls import Certificates
 from registry.wire import accept
@@ -232,16 +233,12 @@ async def _serve(
     http = runner.server
     assert http is not None
     connections = Connections(settings.server.connections, settings.server.head_seconds)
-    listeners = [
-        await loop.create_server(
-            lambda: accept(http, app[ANSWERS], connections),
-            sock=sock,
-            backlog=BACKLOG,
-            ssl=certificates.context if certificates else None,
-            ssl_handshake_timeout=settings.server.head_seconds if certificates else None,
-        )
-        for sock in sockets
-    ]
+
+    def protocol() -> asyncio.Protocol:
+        connection = accept(http, app[ANSWERS], connections)
+        return Secure(connection, certificates.context, settings.server.head_seconds) if certificates else connection
+
+    listeners = [await loop.create_server(protocol, sock=sock, backlog=BACKLOG) for sock in sockets]
     watching = asyncio.create_task(_watch(certificates)) if certificates else None
     stop = asyncio.Event()
     for number in STOPPING:

@@ -16,6 +16,7 @@ from multidict import CIMultiDict
 from registry.chunks import Piece
 from registry.errors import RequestTimeout, SizeInvalid, TooManyRequests
 from registry.responses import INVITED, sign
+from registry.secure import PlainSocket, SecureSocket, lend
 from registry.wire import Connection, wake
 from storage.base import Content, Upload
 from storage.errors import ContentMissing
@@ -194,7 +195,7 @@ async def read_limited(request: web.Request, receiver: Receiver, limit: int) -> 
 
 
 class Sender:
-    """Sends content: the kernel moves a file to a socket in a thread; anything else passes through us.
+    """Sends content: a thread moves a file to a socket, or has the kernel do it; anything else passes through us.
 
     The event loop's own sendfile is not used: uvloop has none, and a thread that stays with a fast client spares
     a wake-up of the loop for each filled socket buffer.
@@ -226,10 +227,10 @@ class Sender:
             return web.Response(body=opened, status=status, headers=headers)
         response = _begun(request, status, headers)
         try:
-            if request.transport is None or request.transport.get_extra_info("sslcontext"):
-                return await self._stream(request, content, start, stop, response)
             response.content_length = stop - start
             await response.prepare(request)
+            if request.transport is None:
+                raise ConnectionResetError("the client is gone")
             await self._send_file(request.transport, opened, start, stop)
             await response.write_eof()
         finally:
@@ -259,19 +260,14 @@ class Sender:
         return response
 
     async def _send_file(self, transport: asyncio.Transport, file: int, start: int, stop: int) -> None:
-        sock = transport.get_extra_info("socket")
-        # A descriptor of our own: the loop may close its one at any moment, and numbers are used again.
-        target = os.dup(sock.fileno())
-        try:
+        with lend(transport) as target:
             while transport.get_write_buffer_size():
-                await self._writable(target)
+                await self._writable(target.fileno())
             while start < stop:
                 sent = await self._threads.run(_send_some, target, file, start, stop)
                 start += sent
                 if start < stop:
-                    await self._writable(target)
-        finally:
-            os.close(target)
+                    await self._writable(target.fileno())
 
     async def _writable(self, target: int) -> None:
         loop = asyncio.get_running_loop()
@@ -336,14 +332,14 @@ def _open(path: str, start: int, size: int) -> int | bytes:
     return content
 
 
-def _send_some(target: int, file: int, start: int, stop: int) -> int:
+def _send_some(target: PlainSocket | SecureSocket, file: int, start: int, stop: int) -> int:
     """Send until all is sent or the socket stays full for a moment; return the bytes sent."""
     position = start
     poll = select.poll()
     poll.register(target, select.POLLOUT)
     while position < stop:
         try:
-            sent = os.sendfile(target, file, position, min(_SENDFILE_SIZE, stop - position))
+            sent = target.send_from(file, position, min(_SENDFILE_SIZE, stop - position))
         except BlockingIOError:
             if not poll.poll(_PATIENCE):
                 break

@@ -16,9 +16,7 @@ connection is aiohttp's for good.
 from __future__ import annotations
 
 import asyncio
-import os
 import re
-import socket
 from collections.abc import AsyncGenerator, Callable
 from typing import Final, cast
 
@@ -30,6 +28,7 @@ from registry.chunks import ChunkedBody, Piece, is_whole
 from registry.connections import Connections
 from registry.errors import BadRequest, RequestTimeout, SizeInvalid
 from registry.responses import json_response
+from registry.secure import lend
 from storage.threads import Threads
 
 #: The head of a request that sends a blob, all of it in one piece, in chunked encoding and nothing else. Where it does
@@ -61,7 +60,6 @@ class Connection(asyncio.Protocol):
         self._connections = connections
         #: When the head began that is not whole yet, by the loop's clock; None while none is awaited.
         self.head_since: float | None = None
-        self._is_encrypted = False
         self._transport: asyncio.Transport | None = None
         self._held: bytes | None = None
         self._is_taken = False
@@ -89,7 +87,6 @@ class Connection(asyncio.Protocol):
         self._asked_at = self.head_since = asyncio.get_running_loop().time()
         peer = transport.get_extra_info("peername")
         self._remote = str(peer[0]) if peer else ""
-        self._is_encrypted = transport.get_extra_info("sslcontext") is not None
         self._inner.connection_made(transport)
         if not self._connections.enter(self):
             self._transport.abort()
@@ -132,8 +129,7 @@ class Connection(asyncio.Protocol):
             self._to_skip -= skipped
             data = data[skipped:]
         is_next = self._is_clear and not self._to_come and self._is_answered
-        # What a thread would read from the socket is not the body where it is encrypted.
-        end = _end_of_upload_head(data) if is_next and not self._is_encrypted else 0
+        end = _end_of_upload_head(data) if is_next else 0
         # A body that came with its head is small, and nothing is gained by another way.
         if end and not data.endswith(_LAST_CHUNK) and self._transport is not None:
             self._is_answered = False
@@ -210,24 +206,20 @@ class Connection(asyncio.Protocol):
             RequestTimeout: no bytes came for too long.
         """
         assert self._held is not None
+        if self._transport is None:
+            raise SizeInvalid("the client is gone")
         body = ChunkedBody(self._held)
         self._held, self._is_taken = b"", True
-        with self._duplicate() as sock:
-            try:
+        try:
+            with lend(self._transport) as sock:
                 while not body.is_finished:
                     piece = await threads.run(body.read, sock, size())
                     if piece:
                         yield [piece]
                     elif body.is_waiting:
-                        await _readable(sock, stall)
-            finally:
-                self._end(body)
-
-    def _duplicate(self) -> socket.socket:
-        """Return a socket of our own: the loop may close its one at any moment."""
-        if self._transport is None:
-            raise SizeInvalid("the client is gone")
-        return socket.socket(fileno=os.dup(self._transport.get_extra_info("socket").fileno()))
+                        await _readable(sock.fileno(), stall)
+        finally:
+            self._end(body)
 
     def _end(self, body: ChunkedBody) -> None:
         self._is_taken = False
@@ -319,17 +311,17 @@ def accept(http: Callable[[], asyncio.Protocol], answers: Answers, connections: 
     return Connection(inner, answers, connections)
 
 
-async def _readable(sock: socket.socket, stall: float) -> None:
+async def _readable(descriptor: int, stall: float) -> None:
     loop = asyncio.get_running_loop()
     ready = loop.create_future()
-    loop.add_reader(sock.fileno(), wake, ready)
+    loop.add_reader(descriptor, wake, ready)
     try:
         async with asyncio.timeout(stall):
             await ready
     except TimeoutError:
         raise RequestTimeout(headers={"Connection": "close"}) from None
     finally:
-        loop.remove_reader(sock.fileno())
+        loop.remove_reader(descriptor)
 
 
 def wake(waiting: asyncio.Future[None]) -> None:

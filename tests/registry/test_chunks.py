@@ -67,7 +67,7 @@ rhythms = st.lists(st.tuples(st.sampled_from(SIZES), st.integers(1, 30)), min_si
     cuts=st.lists(st.integers(1, 90_000), max_size=20),
     held=st.integers(0, 50_000),
     size=st.sampled_from([64 << 10, 100_000, 1 << 20]),
-    style=st.sampled_from(["{:x}", "{:X}", "{:08x}", "{:x};extension=1"]),
+    style=st.sampled_from(["{:x}", "{:X}", "{:08x}", "{:x};extension=1", "{:x} ;x"]),
     seed=st.integers(0, 2**32),
 )
 def test_whatever_the_rhythm_what_was_sent_arrives(

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import http.client
-import io
 import json
 import random
 import re
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -18,77 +16,21 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from registry.wire import _bytes_to_come
+from tests.conftest import needs
 from tests.content import digest_of
-from tests.services.processes import HytheServer, hythe_server, wait_until
+from tests.registry.wires import END, REPOSITORY, Raw, Server, chunk, connected, head, served
+from tests.services.processes import wait_until
 
-REPOSITORY = "/v2/org/app/blobs/uploads/"
+
+@pytest.fixture(scope="module", params=["plain", pytest.param("TLS", marks=needs("openssl"))])
+def with_tls(request: pytest.FixtureRequest) -> bool:
+    return bool(request.param == "TLS")
 
 
 @pytest.fixture(scope="module")
-def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HytheServer]:
-    with hythe_server(tmp_path_factory.mktemp("wire")) as server:
+def running(tmp_path_factory: pytest.TempPathFactory, with_tls: bool) -> Iterator[Server]:
+    with served(tmp_path_factory.mktemp("wire"), with_tls=with_tls) as server:
         yield server
-
-
-class Answers(io.BufferedReader):
-    """What comes back, for one answer after the other: an answer that is read must not end it."""
-
-    def close(self) -> None:
-        pass
-
-    def makefile(self, _mode: str) -> Answers:
-        return self
-
-
-class Raw:
-    """A connection that says exactly what it is told to."""
-
-    def __init__(self, port: int) -> None:
-        self.socket = socket.create_connection(("127.0.0.1", port), timeout=20)
-        self.answers = Answers(socket.SocketIO(self.socket, "r"))
-
-    def send(self, *parts: bytes) -> None:
-        for part in parts:
-            self.socket.sendall(part)
-
-    def answer(self) -> http.client.HTTPResponse:
-        response = http.client.HTTPResponse(self.answers)  # type: ignore[arg-type]
-        response.begin()
-        response.body = response.read()  # type: ignore[attr-defined]
-        return response
-
-    def ask(self, head: str, *more: str) -> http.client.HTTPResponse:
-        self.send("\r\n".join([f"{head} HTTP/1.1", "Host: x", *more, "", ""]).encode())
-        return self.answer()
-
-    def start_upload(self) -> str:
-        location = self.ask(f"POST {REPOSITORY}", "Content-Length: 0").getheader("Location")
-        assert location
-        return location
-
-    def finish(self, location: str, content: bytes) -> http.client.HTTPResponse:
-        return self.ask(f"PUT {location}?digest={digest_of(content)}", "Content-Length: 0")
-
-
-@contextmanager
-def connected(server: HytheServer) -> Iterator[Raw]:
-    raw = Raw(server.port)
-    try:
-        yield raw
-    finally:
-        raw.socket.close()
-
-
-def head(location: str, *more: str) -> bytes:
-    lines = [f"PATCH {location} HTTP/1.1", "Host: x", "Transfer-Encoding: chunked", *more, "", ""]
-    return "\r\n".join(lines).encode()
-
-
-def chunk(content: bytes, extension: bytes = b"") -> bytes:
-    return b"%x%s\r\n%s\r\n" % (len(content), extension, content)
-
-
-END = b"0\r\n\r\n"
 
 
 @settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
@@ -96,11 +38,11 @@ END = b"0\r\n\r\n"
     sizes=st.lists(st.integers(1, 70_000), min_size=1, max_size=12),
     cuts=st.lists(st.integers(1, 60_000), max_size=12),
     seed=st.integers(0, 2**32),
-    extension=st.sampled_from([b"", b";a=b", b" ;x"]),
+    extension=st.sampled_from([b"", b";a=b", b";x"]),
     trailer=st.sampled_from([b"", b"X-Checksum: 1\r\n"]),
 )
 def test_chunks_of_any_size_cut_anywhere_arrive_whole(
-    running: HytheServer, sizes: list[int], cuts: list[int], seed: int, extension: bytes, trailer: bytes
+    running: Server, sizes: list[int], cuts: list[int], seed: int, extension: bytes, trailer: bytes
 ) -> None:
     content = random.Random(seed).randbytes(sum(sizes))
     stream, position = b"", 0
@@ -122,7 +64,7 @@ def test_chunks_of_any_size_cut_anywhere_arrive_whole(
         assert raw.ask(f"GET /v2/org/app/blobs/{digest_of(content)}").body == content  # type: ignore[attr-defined]
 
 
-def test_a_request_sent_right_behind_an_upload_is_answered_too(running: HytheServer) -> None:
+def test_a_request_sent_right_behind_an_upload_is_answered_too(running: Server) -> None:
     with connected(running) as raw:
         location = raw.start_upload()
         raw.send(head(location) + chunk(b"abc") + END + b"GET /v2/ HTTP/1.1\r\nHost: x\r\n\r\n")
@@ -131,7 +73,19 @@ def test_a_request_sent_right_behind_an_upload_is_answered_too(running: HytheSer
         assert raw.finish(location, b"abc").status == 201
 
 
-def test_two_uploads_sent_right_behind_each_other_both_arrive(running: HytheServer) -> None:
+def test_many_requests_sent_right_behind_a_large_upload_are_all_answered(running: Server) -> None:
+    # The body ends just before the buffer does that it is received into: what is behind it comes with it in part.
+    size = (2 << 20) - 300
+    request = b"GET /v2/ HTTP/1.1\r\nHost: x\r\nX-Long: %s\r\n\r\n" % (b"x" * 2000)
+    with connected(running) as raw:
+        location = raw.start_upload()
+        raw.send(head(location))
+        raw.send(chunk(b"x" * size) + END + request * 20)
+        assert raw.answer().getheader("Range") == f"0-{size - 1}"
+        assert [raw.answer().status for _ in range(20)] == [200] * 20
+
+
+def test_two_uploads_sent_right_behind_each_other_both_arrive(running: Server) -> None:
     with connected(running) as raw:
         first, second = raw.start_upload(), raw.start_upload()
         raw.send(head(first) + chunk(b"abc") + END + head(second) + chunk(b"defg") + END)
@@ -139,7 +93,7 @@ def test_two_uploads_sent_right_behind_each_other_both_arrive(running: HytheServ
         assert raw.answer().getheader("Range") == "0-3"
 
 
-def test_an_empty_body_is_no_bytes(running: HytheServer) -> None:
+def test_an_empty_body_is_no_bytes(running: Server) -> None:
     with connected(running) as raw:
         location = raw.start_upload()
         raw.send(head(location) + END)
@@ -147,7 +101,7 @@ def test_an_empty_body_is_no_bytes(running: HytheServer) -> None:
         assert raw.finish(location, b"").status == 201
 
 
-def test_a_body_that_nobody_wants_does_not_poison_the_connection(running: HytheServer) -> None:
+def test_a_body_that_nobody_wants_does_not_poison_the_connection(running: Server) -> None:
     with connected(running) as raw:
         raw.send(head(REPOSITORY + "no-such-upload") + chunk(b"x" * 300_000))
         answer = raw.answer()
@@ -157,7 +111,7 @@ def test_a_body_that_nobody_wants_does_not_poison_the_connection(running: HytheS
         assert raw.ask("GET /v2/").status == 200
 
 
-def test_a_chunk_out_of_order_in_chunked_encoding_is_refused_and_the_connection_goes_on(running: HytheServer) -> None:
+def test_a_chunk_out_of_order_in_chunked_encoding_is_refused_and_the_connection_goes_on(running: Server) -> None:
     with connected(running) as raw:
         location = raw.start_upload()
         raw.send(head(location, "Content-Range: 5-7") + chunk(b"abc") + END)
@@ -168,9 +122,7 @@ def test_a_chunk_out_of_order_in_chunked_encoding_is_refused_and_the_connection_
 
 
 @pytest.mark.parametrize("broken", [b"zz\r\nabc\r\n", b"3\r\nabcXX", b"-3\r\nabc\r\n", b"f" * 2000, b"\r\n\r\n"])
-def test_chunks_that_cannot_be_read_are_refused_and_what_came_before_is_kept(
-    running: HytheServer, broken: bytes
-) -> None:
+def test_chunks_that_cannot_be_read_are_refused_and_what_came_before_is_kept(running: Server, broken: bytes) -> None:
     with connected(running) as raw:
         location = raw.start_upload()
         raw.send(head(location) + chunk(b"abc") + broken)
@@ -179,7 +131,7 @@ def test_chunks_that_cannot_be_read_are_refused_and_what_came_before_is_kept(
         assert raw.ask(f"GET {location}").getheader("Range") in ("0-2", "0-5")
 
 
-def test_the_body_is_invited_only_when_it_is_wanted(running: HytheServer) -> None:
+def test_the_body_is_invited_only_when_it_is_wanted(running: Server) -> None:
     with connected(running) as raw:
         location = raw.start_upload()
         raw.send(head(location, "Expect: 100-continue"))
@@ -192,7 +144,7 @@ def test_the_body_is_invited_only_when_it_is_wanted(running: HytheServer) -> Non
         assert answer.getheader("Connection") == "close"
 
 
-def refused(server: HytheServer) -> int:
+def refused(server: Server) -> int:
     """Return how many PATCHes ended early so far."""
     with connected(server) as raw:
         text = raw.ask("GET /metrics").body.decode()  # type: ignore[attr-defined]
@@ -201,7 +153,7 @@ def refused(server: HytheServer) -> int:
 
 
 @pytest.mark.parametrize("sent", [0, 1, 3, 100_000, 3_000_000])
-def test_a_client_that_vanishes_leaves_what_it_sent(running: HytheServer, sent: int) -> None:
+def test_a_client_that_vanishes_leaves_what_it_sent(running: Server, sent: int) -> None:
     content = random.Random(sent).randbytes(sent)
     before = refused(running)
     with connected(running) as raw:
@@ -227,8 +179,9 @@ def test_a_client_that_vanishes_leaves_what_it_sent(running: HytheServer, sent: 
         assert raw.finish(location, content + b"end").status == 201
 
 
-def test_a_client_that_falls_silent_is_told_so(tmp_path: Path) -> None:
-    with hythe_server(tmp_path, environment={"HYTHE_UPLOADS__STALL_SECONDS": "1"}) as server, connected(server) as raw:
+def test_a_client_that_falls_silent_is_told_so(tmp_path: Path, with_tls: bool) -> None:
+    impatient = {"HYTHE_UPLOADS__STALL_SECONDS": "1"}
+    with served(tmp_path, with_tls=with_tls, environment=impatient) as server, connected(server) as raw:
         location = raw.start_upload()
         raw.send(head(location) + chunk(b"abc"))
         assert raw.answer().status == 408
@@ -236,9 +189,9 @@ def test_a_client_that_falls_silent_is_told_so(tmp_path: Path) -> None:
             assert other.ask(f"GET {location}").getheader("Range") == "0-2"
 
 
-def test_a_slow_client_keeps_no_thread(tmp_path: Path) -> None:
-    with hythe_server(tmp_path) as server:
-        slow = [Raw(server.port) for _ in range(40)]
+def test_a_slow_client_keeps_no_thread(tmp_path: Path, with_tls: bool) -> None:
+    with served(tmp_path, with_tls=with_tls) as server:
+        slow = [Raw(server) for _ in range(40)]
         locations = [raw.start_upload() for raw in slow]
         for raw, location in zip(slow, locations, strict=True):
             raw.send(head(location) + chunk(b"abc"))
@@ -264,7 +217,7 @@ LOOKALIKE = (
 
 @pytest.mark.parametrize("pause", [0, 0.0005, 0.002, 0.1])
 @pytest.mark.parametrize("is_fresh", [True, False])
-def test_a_body_that_looks_like_an_upload_is_a_body(running: HytheServer, pause: float, is_fresh: bool) -> None:
+def test_a_body_that_looks_like_an_upload_is_a_body(running: Server, pause: float, is_fresh: bool) -> None:
     with connected(running) as raw:
         raw.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         location = raw.start_upload()
@@ -286,7 +239,7 @@ def test_a_body_that_looks_like_an_upload_is_a_body(running: HytheServer, pause:
         assert raw.finish(location, content).status == 201
 
 
-def test_each_of_two_uploads_gets_its_own_body(running: HytheServer) -> None:
+def test_each_of_two_uploads_gets_its_own_body(running: Server) -> None:
     with connected(running) as raw:
         first, second = raw.start_upload(), raw.start_upload()
         time.sleep(0.3)
@@ -303,7 +256,7 @@ def test_each_of_two_uploads_gets_its_own_body(running: HytheServer) -> None:
 
 
 @pytest.mark.parametrize("path", ["/v2/a/manifests/t?x=/blobs/uploads/", "/v2/a/blobs/uploads/manifests/t"])
-def test_the_rest_of_a_manifest_that_is_too_large_is_no_request(running: HytheServer, path: str) -> None:
+def test_the_rest_of_a_manifest_that_is_too_large_is_no_request(running: Server, path: str) -> None:
     evil = b"0\r\n\r\nGET /v2/ HTTP/1.1\r\nHost: x\r\nX-Request-Id: smuggled\r\n\r\n"
     content = bytearray(b"A" * (8 << 20))
     # Wherever reading stops, one of these is what would be taken for the next thing.
