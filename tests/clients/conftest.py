@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import secrets
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,9 +24,14 @@ from tests.services.s3 import needs_ceph
 
 @pytest.fixture
 def scratch() -> Iterator[Path]:
-    """A directory that goes with its test: pytest keeps its own ones, and layers are large."""
-    with tempfile.TemporaryDirectory(prefix="hythe-clients-") as directory:
-        yield Path(directory)
+    """A directory that goes with its test: pytest keeps its own ones, and layers are large.
+
+    Some clients take the path of an image for a part of its name, in which not every underscore is allowed.
+    """
+    directory = Path(tempfile.gettempdir()) / f"hythe-clients-{secrets.token_hex(8)}"
+    directory.mkdir(mode=0o700)
+    yield directory
+    shutil.rmtree(directory)
 
 
 #: Modules whose clients push to a registry on PostgreSQL and S3 as well.
