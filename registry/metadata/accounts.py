@@ -251,7 +251,9 @@ def take_over(connection: Connection, passwords: Mapping[str, str], by: str) -> 
         if found is None:
             add(connection, name, USER, password, by=by)
         elif found.source == HTPASSWD:
-            _change(connection, found.id, source=OWN, password=password, is_disabled=False)
+            # Who was disabled by hand stays so; who was only missing in the file is named in this one.
+            is_disabled = found.is_disabled and found.password is not None
+            _change(connection, found.id, source=OWN, password=password, is_disabled=is_disabled)
         else:
             left.append(found.name)
             continue

@@ -200,6 +200,12 @@ async def test_users_of_a_file_become_accounts_of_our_own(team: Registry) -> Non
     assert (taken, left) == (["carol", "dave"], ["bob"])
     for name in ("carol", "dave", "bob"):
         assert (await ask(team.client, "GET", "/v2/", headers=basic(name))).status == 200
+    await team.database.write(accounts.follow, {"erin": "$2y$old", "frank": "$2y$old"})
+    await team.database.write(accounts.set_disabled, "erin", disabled=True)
+    await team.database.write(accounts.follow, {"erin": "$2y$old"})
+    await team.database.write(accounts.take_over, {"erin": HASH, "frank": HASH}, "us")
+    for name, status in {"erin": 401, "frank": 200}.items():
+        assert (await ask(team.client, "GET", "/v2/", headers=basic(name))).status == status
     # What the file says no more is nothing to them now.
     await team.database.write(accounts.follow, {})
     assert (await ask(team.client, "GET", "/v2/", headers=basic("dave"))).status == 200

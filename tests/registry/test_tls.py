@@ -20,8 +20,6 @@ from tests.registry.test_server import refused
 from tests.services.certificates import Authority, Pair
 from tests.services.processes import Program, free_port, is_open, wait_until
 
-each_version = pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
-
 #: How a client notices that its certificate, or the lack of one, is not taken: in the handshake, or by its first read.
 Refused = (ssl.SSLError, ConnectionError)
 
@@ -170,27 +168,33 @@ def others(tmp_path: Path) -> Authority:
     return Authority(tmp_path / "unknown", "clients")
 
 
-@each_version
 def test_with_an_authority_clients_may_show_certificates_of_it_and_of_no_other(
-    tmp_path: Path, authority: Authority, pair: Pair, clients: Authority, others: Authority, version: ssl.TLSVersion
+    tmp_path: Path, authority: Authority, pair: Pair, clients: Authority, others: Authority
 ) -> None:
     with serving(tmp_path, pair, client_ca=str(clients.certificate)) as running:
-        running.ask(client(authority, None, version))
-        running.ask(client(authority, clients.sign(tmp_path, name="alice"), version))
+        running.ask(client(authority, None))
+        running.ask(client(authority, clients.sign(tmp_path, name="alice")))
         with pytest.raises(Refused):
-            running.ask(client(authority, others.sign(tmp_path, name="alice"), version))
+            running.ask(client(authority, others.sign(tmp_path, name="alice")))
 
 
-@each_version
 def test_where_it_is_required_nobody_gets_in_without_a_certificate(
-    tmp_path: Path, authority: Authority, pair: Pair, clients: Authority, others: Authority, version: ssl.TLSVersion
+    tmp_path: Path, authority: Authority, pair: Pair, clients: Authority, others: Authority
 ) -> None:
     settings = {"client_ca": str(clients.certificate), "client_required": "true"}
     with serving(tmp_path, pair, **settings) as running:
         for shown in (None, others.sign(tmp_path, name="bob"), authority.sign(tmp_path, name="carol")):
             with pytest.raises(Refused):
-                running.ask(client(authority, shown, version))
-        running.ask(client(authority, clients.sign(tmp_path, name="alice"), version))
+                running.ask(client(authority, shown))
+        running.ask(client(authority, clients.sign(tmp_path, name="alice")))
+
+
+def test_with_an_authority_the_version_is_spoken_by_which_no_session_outlives_it(
+    tmp_path: Path, authority: Authority, pair: Pair, clients: Authority
+) -> None:
+    shown = clients.sign(tmp_path, name="alice")
+    with serving(tmp_path, pair, client_ca=str(clients.certificate)) as running, pytest.raises(Refused):
+        running.ask(client(authority, shown, ssl.TLSVersion.TLSv1_2))
 
 
 # --- certificates that are renewed ---------------------------------------------------------------------------
