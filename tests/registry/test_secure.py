@@ -20,8 +20,6 @@ from tests.content import digest_of
 from tests.registry.wires import END, HOST, Raw, Server, chunk, connected, head, served
 from tests.services.processes import wait_until
 
-pytestmark = needs("openssl")
-
 #: Larger than all buffers between a server and a client together.
 SIZE = 20_000_000
 #: What the kernel takes for a client that does not read.
@@ -177,6 +175,7 @@ def test_a_handshake_that_does_not_end_is_not_waited_for(tmp_path: Path) -> None
         assert connection.recv(1) == b""
 
 
+@needs("openssl")
 def test_keys_may_change_in_the_middle_of_an_upload(running: Server, tmp_path: Path) -> None:
     with connected(running) as raw:
         location = raw.start_upload()

@@ -16,13 +16,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from registry.wire import _bytes_to_come
-from tests.conftest import needs
 from tests.content import digest_of
 from tests.registry.wires import END, REPOSITORY, Raw, Server, chunk, connected, head, served
 from tests.services.processes import wait_until
 
 
-@pytest.fixture(scope="module", params=["plain", pytest.param("TLS", marks=needs("openssl"))])
+@pytest.fixture(scope="module", params=["plain", "TLS"])
 def with_tls(request: pytest.FixtureRequest) -> bool:
     return bool(request.param == "TLS")
 

@@ -47,11 +47,8 @@ def served(
     trust = None
     if with_tls:
         authority = Authority(directory / "authority")
-        authority.sign(directory, HOST)
-        variables |= {
-            "HYTHE_TLS__CERTIFICATE": str(directory / "tls.crt"),
-            "HYTHE_TLS__KEY": str(directory / "tls.key"),
-        }
+        pair = authority.sign(directory, HOST)
+        variables |= {"HYTHE_TLS__CERTIFICATE": str(pair.certificate), "HYTHE_TLS__KEY": str(pair.key)}
         trust = ssl.create_default_context(cafile=str(authority.certificate))
     with hythe_server(directory, environment=variables, start=False) as server:
         Program.start(server)
