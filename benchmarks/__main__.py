@@ -11,6 +11,7 @@ import click
 
 from benchmarks import report
 from benchmarks.measures import QUICK, Sizes
+from benchmarks.results import Results
 from benchmarks.rounds import GROUPS, run
 from benchmarks.servers import BenchmarkError
 
@@ -26,13 +27,13 @@ def main(
     rounds: int, only: tuple[str, ...], quick: bool, json_file: Path | None, write: bool, parent: str | None
 ) -> None:
     """Measure Hythe beside docker-registry and nginx, in turn, on this machine."""
-    if write and only not in [(), ("s3",)]:
-        raise click.UsageError("--write takes all groups, or s3: the figures of one table are of one run")
+    if write and only not in [(), ("s3",), ("accounts",)]:
+        raise click.UsageError("--write takes all groups, or s3, or accounts: the figures of a table are of one run")
     try:
         where = report.environment()
         with tempfile.TemporaryDirectory(prefix="hythe-bench-", dir=parent) as directory:
             sizes = QUICK if quick else Sizes()
-            results = report.Results(list(run(list(only) or list(GROUPS), sizes, rounds, Path(directory))))
+            results = Results(list(run(list(only) or list(GROUPS), sizes, rounds, Path(directory))))
     except BenchmarkError as error:
         raise click.ClickException(str(error)) from None
     text = report.render(results)

@@ -19,6 +19,7 @@ from registry.metadata.tables import manifest, now, repository, repository_manif
 from storage.digest import Digest
 
 MANIFEST_TYPE: Final = "application/vnd.oci.image.manifest.v1+json"
+ACCEPT: Final = f"Accept: {MANIFEST_TYPE}"
 _CONFIG_TYPE: Final = "application/vnd.oci.image.config.v1+json"
 _LAYER_TYPE: Final = "application/vnd.oci.image.layer.v1.tar+gzip"
 _BLOCK: Final = 64 << 20
@@ -79,6 +80,20 @@ def image_manifest(config: bytes, layers: list[bytes], size: int = 0) -> bytes:
     }
     content["annotations"]["filling"] = "x" * max(0, size - len(json.dumps(content)))
     return json.dumps(content).encode()
+
+
+@dataclass(frozen=True)
+class SmallImage:
+    """An image of one layer, whose manifest has 2 KB."""
+
+    blobs: tuple[bytes, bytes]
+    manifest: bytes
+
+
+def small_image() -> SmallImage:
+    """Make one, the same in each run."""
+    config, layer = small_contents(2)
+    return SmallImage((config, layer), image_manifest(config, [layer], 2048))
 
 
 def image_layout(directory: Path, layers: int) -> None:

@@ -1,7 +1,7 @@
 """The load: clients that cost little beside the servers they load.
 
 Requests are bytes made beforehand, sockets are driven without a protocol library, and what is pulled is thrown away
-in the kernel.
+in the kernel; over TLS, as soon as it is decrypted.
 """
 
 from __future__ import annotations
@@ -9,12 +9,11 @@ from __future__ import annotations
 import re
 import select
 import socket
-import subprocess
+import ssl
 from collections.abc import Generator, Iterable, Iterator
-from pathlib import Path
 from typing import Final, NamedTuple
 
-from benchmarks.servers import BenchmarkError, Server, find_program
+from benchmarks.servers import BenchmarkError, Server
 from storage.digest import Digest
 
 _LENGTH: Final = re.compile(rb"\r\ncontent-length: *(\d+)", re.IGNORECASE)
@@ -57,7 +56,8 @@ def _parse(received: bytes | bytearray) -> tuple[Response, int] | None:
     return Response(int(head[9:12]), head, int(length[1]) if length else 0), end + 4
 
 
-def _request(method: str, path: str | bytes, *headers: str, body: bytes = b"") -> bytes:
+def request(method: str, path: str | bytes, *headers: str, body: bytes = b"") -> bytes:
+    """Return the bytes of a request."""
     target = path if isinstance(path, bytes) else path.encode()
     lines = "".join(f"{header}\r\n" for header in headers).encode()
     return b"%s %s HTTP/1.1\r\nHost: registry\r\n%s\r\n%s" % (method.encode(), target, lines, body)
@@ -80,8 +80,9 @@ class Client:
     """One connection; each request waits for its answer."""
 
     def __init__(self, server: Server) -> None:
-        self._sock = socket.create_connection(server.address)
-        self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._sock = server.connect()
+        # [tcp(7)] MSG_TRUNC: the bytes are counted and not copied. What is encrypted cannot be thrown away unseen.
+        self._how = 0 if isinstance(self._sock, ssl.SSLSocket) else socket.MSG_TRUNC
 
     def close(self) -> None:
         """Close the connection."""
@@ -95,8 +96,7 @@ class Client:
         rest = 0 if pieces[0].startswith(b"HEAD") else response.length - rest
         sink = bytearray(_THROWN_AWAY_AT_ONCE)
         while rest:
-            # [tcp(7)] MSG_TRUNC: the bytes are counted and not copied.
-            received = self._sock.recv_into(sink, min(rest, len(sink)), socket.MSG_TRUNC)
+            received = self._sock.recv_into(sink, min(rest, len(sink)), self._how)
             if not received:
                 raise BenchmarkError(f"the answer ended {rest} bytes early")
             rest -= received
@@ -114,21 +114,21 @@ class Client:
 
     def push_blob(self, repository: str, digest: Digest, framed: Iterable[bytes]) -> None:
         """Push as docker does: POST, one streamed PATCH, an empty PUT; `framed` is the body in HTTP chunks."""
-        started = self.exchange(_request("POST", f"/v2/{repository}/blobs/uploads/", "Content-Length: 0"))
+        started = self.exchange(request("POST", f"/v2/{repository}/blobs/uploads/", "Content-Length: 0"))
         location = started.expect(202).location
-        patch = _request("PATCH", location, *_STREAMED)
+        patch = request("PATCH", location, *_STREAMED)
         location = self.exchange(patch, *framed, b"0\r\n\r\n").expect(202).location
-        self.exchange(_request("PUT", _with_digest(location, digest), "Content-Length: 0")).expect(201)
+        self.exchange(request("PUT", _with_digest(location, digest), "Content-Length: 0")).expect(201)
 
     def push_manifest(self, repository: str, reference: str, media_type: str, content: bytes) -> None:
         """Push a manifest."""
         headers = f"Content-Type: {media_type}", f"Content-Length: {len(content)}"
         path = f"/v2/{repository}/manifests/{reference}"
-        self.exchange(_request("PUT", path, *headers, body=content)).expect(201)
+        self.exchange(request("PUT", path, *headers, body=content)).expect(201)
 
     def pull(self, path: str) -> int:
         """GET something and return how many bytes it had."""
-        return self.exchange(_request("GET", path)).expect(200).length
+        return self.exchange(request("GET", path)).expect(200).length
 
 
 _STREAMED: Final = "Content-Type: application/octet-stream", "Transfer-Encoding: chunked"
@@ -154,19 +154,19 @@ class SmallBlob(NamedTuple):
         """Make it from its bytes."""
         digest = Digest.of(content)
         path = f"/v2/{repository}/blobs/{digest}"
-        return cls(digest, _request("HEAD", path), _request("GET", path), in_http_chunks(content) + b"0\r\n\r\n")
+        return cls(digest, request("HEAD", path), request("GET", path), in_http_chunks(content) + b"0\r\n\r\n")
 
 
 def push_all(server: Server, repository: str, blobs: list[SmallBlob], clients: int) -> None:
     """Push blobs by several clients, each as docker does: HEAD, POST, PATCH, PUT."""
-    post = _request("POST", f"/v2/{repository}/blobs/uploads/", "Content-Length: 0")
+    post = request("POST", f"/v2/{repository}/blobs/uploads/", "Content-Length: 0")
 
     def script(todo: Iterator[SmallBlob]) -> _Script:
         for blob in todo:
             (yield blob.head).expect(404)
             location = (yield post).expect(202).location
-            location = (yield _request("PATCH", location, *_STREAMED, body=blob.body)).expect(202).location
-            (yield _request("PUT", _with_digest(location, blob.digest), "Content-Length: 0")).expect(201)
+            location = (yield request("PATCH", location, *_STREAMED, body=blob.body)).expect(202).location
+            (yield request("PUT", _with_digest(location, blob.digest), "Content-Length: 0")).expect(201)
 
     todo = iter(blobs)
     _drive(server, [script(todo) for _ in range(clients)])
@@ -174,19 +174,23 @@ def push_all(server: Server, repository: str, blobs: list[SmallBlob], clients: i
 
 def pull_all(server: Server, blobs: list[SmallBlob], clients: int) -> None:
     """Pull blobs by several clients."""
+    ask_all(server, [blob.get for blob in blobs], clients)
 
-    def script(todo: Iterator[SmallBlob]) -> _Script:
-        for blob in todo:
-            (yield blob.get).expect(200)
 
-    todo = iter(blobs)
+def ask_all(server: Server, requests: list[bytes], clients: int) -> None:
+    """Send requests by several clients, each of them once."""
+
+    def script(todo: Iterator[bytes]) -> _Script:
+        for each in todo:
+            (yield each).expect(200)
+
+    todo = iter(requests)
     _drive(server, [script(todo) for _ in range(clients)])
 
 
 class _Connection:
     def __init__(self, server: Server, script: _Script) -> None:
-        self.sock = socket.create_connection(server.address)
-        self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.sock = server.connect()
         self._script = script
         self._received = bytearray()
         self._has_body = True
@@ -238,35 +242,3 @@ def _drive(server: Server, scripts: list[_Script]) -> None:
                     del by_number[number]
     for connection in connections:
         connection.sock.close()
-
-
-# --- programs -----------------------------------------------------------------------------------------------
-
-
-def wrk(server: Server, path: str, accept: str, seconds: int) -> int:
-    """GET `path` by 32 connections for some seconds; return how often it was answered."""
-    url = f"http://127.0.0.1:{server.port}{path}"
-    text = _run(find_program("wrk"), "-t2", "-c32", f"-d{seconds}s", "-H", f"Accept: {accept}", url)
-    counted = re.search(r"(\d+) requests in ", text)
-    if counted is None or "Non-2xx" in text or "Socket errors" in text:
-        raise BenchmarkError(f"wrk had trouble with {server.name}:\n{text}")
-    return int(counted[1])
-
-
-def skopeo_push(server: Server, layout: Path, repository: str) -> None:
-    """Push the image of an OCI layout."""
-    target = f"docker://127.0.0.1:{server.port}/{repository}:latest"
-    _run(find_program("skopeo"), "--insecure-policy", "copy", "--dest-tls-verify=false", f"oci:{layout}", target)
-
-
-def skopeo_pull(server: Server, directory: Path, repository: str) -> None:
-    """Pull that image into a directory."""
-    source = f"docker://127.0.0.1:{server.port}/{repository}:latest"
-    _run(find_program("skopeo"), "--insecure-policy", "copy", "--src-tls-verify=false", source, f"dir:{directory}")
-
-
-def _run(*command: str) -> str:
-    done = subprocess.run(command, check=False, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    if done.returncode:
-        raise BenchmarkError(f"{' '.join(command)} failed:\n{done.stdout}")
-    return done.stdout

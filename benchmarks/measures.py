@@ -13,16 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from benchmarks import content, load
-from benchmarks.servers import DOCKER_REGISTRY, HYTHE, HYTHE_2, NGINX, Kind, Server, place, wait_for_answer
+from benchmarks import content, load, programs
+from benchmarks.servers import DOCKER_REGISTRY, HYTHE, HYTHE_2, NGINX, Kind, Server, place
 from storage.digest import Digest
-from tests.services.processes import Program, free_port
 
 _REPOSITORY: Final = "bench/library"
 _CLIENTS: Final = 16
 _PULLS: Final = 3
 #: Seconds after which a server that was just started is idle.
-_SETTLING: Final = 1.0
+SETTLING: Final = 1.0
 
 
 @dataclass(frozen=True)
@@ -34,9 +33,10 @@ class Sizes:
     wrk_seconds: int = 5
     layers: int = 20
     tags: int = 100_000
+    tokens: int = 4000
 
 
-QUICK: Final = Sizes(blob=128 << 20, small_blobs=200, wrk_seconds=1, layers=5, tags=10_000)
+QUICK: Final = Sizes(blob=128 << 20, small_blobs=200, wrk_seconds=1, layers=5, tags=10_000, tokens=400)
 
 
 @dataclass(frozen=True)
@@ -86,6 +86,15 @@ def _own_cpu() -> float:
     return time.process_time() + times.children_user + times.children_system
 
 
+def push_image(server: Server, repository: str, image: content.SmallImage) -> None:
+    """Push a small image under the tag `latest`."""
+    client = load.Client(server)
+    for blob in image.blobs:
+        client.push_blob(repository, Digest.of(blob), [load.in_http_chunks(blob)])
+    client.push_manifest(repository, "latest", content.MANIFEST_TYPE, image.manifest)
+    client.close()
+
+
 class Blob:
     """A large blob in and out, and the memory before and under it."""
 
@@ -101,16 +110,16 @@ class Blob:
         blob = self._blob
         path = f"/v2/{_REPOSITORY}/blobs/{blob.digest}"
         with kind.running(directory) as server:
-            time.sleep(_SETTLING)
+            time.sleep(SETTLING)
             yield Level("memory, idle", server.name, server.resident())
             client = load.Client(server)
             if kind.takes_pushes:
                 # A virtual machine may have given free memory back: each server begins with some that is there.
-                _write_alone(blob, directory / "written")
+                write_alone(blob, directory / "written")
                 os.sync()
                 yield timed("blob push", server, lambda: _push(client, blob))
             else:
-                yield _write_alone(blob, directory / "written")
+                yield write_alone(blob, directory / "written")
                 place(directory, path, blob.file)
             os.sync()
             yield timed("blob pull", server, lambda: sum(client.pull(path) for _ in range(_PULLS)))
@@ -123,7 +132,7 @@ def _push(client: load.Client, blob: content.LargeBlob) -> float:
     return blob.size
 
 
-def _write_alone(blob: content.LargeBlob, file: Path) -> Sample:
+def write_alone(blob: content.LargeBlob, file: Path) -> Sample:
     """Write the same bytes and sync them, with nothing else: what the machine itself takes of each push.
 
     In a virtual machine that gives free memory back to its host that may be more than what a server does.
@@ -188,32 +197,24 @@ class Manifest:
     def __init__(self, sizes: Sizes, directory: Path) -> None:
         del directory
         self._seconds = sizes.wrk_seconds
-        self._config, self._layer = content.small_contents(2)
-        self._manifest = content.image_manifest(self._config, [self._layer], 2048)
+        self._image = content.small_image()
 
     def measure(self, kind: Kind, directory: Path) -> Iterator[Result]:
         """Measure one server once."""
         base = f"/v2/{_REPOSITORY}/manifests"
-        by_tag, by_digest = f"{base}/latest", f"{base}/{Digest.of(self._manifest)}"
+        by_tag, by_digest = f"{base}/latest", f"{base}/{Digest.of(self._image.manifest)}"
         with kind.running(directory) as server:
             if kind.takes_pushes:
-                self._push(server)
+                push_image(server, _REPOSITORY, self._image)
             else:
-                place(directory, by_tag, self._manifest)
-                place(directory, by_digest, self._manifest)
-            load.wrk(server, by_tag, content.MANIFEST_TYPE, 1)
-            yield timed("manifest by tag", server, lambda: self._pull(server, by_tag))
-            yield timed("manifest by digest", server, lambda: self._pull(server, by_digest))
+                place(directory, by_tag, self._image.manifest)
+                place(directory, by_digest, self._image.manifest)
+            self._pull(server, by_tag, 1)
+            yield timed("manifest by tag", server, lambda: self._pull(server, by_tag, self._seconds))
+            yield timed("manifest by digest", server, lambda: self._pull(server, by_digest, self._seconds))
 
-    def _push(self, server: Server) -> None:
-        client = load.Client(server)
-        for blob in (self._config, self._layer):
-            client.push_blob(_REPOSITORY, Digest.of(blob), [load.in_http_chunks(blob)])
-        client.push_manifest(_REPOSITORY, "latest", content.MANIFEST_TYPE, self._manifest)
-        client.close()
-
-    def _pull(self, server: Server, path: str) -> float:
-        return load.wrk(server, path, content.MANIFEST_TYPE, self._seconds)
+    def _pull(self, server: Server, path: str, seconds: int) -> float:
+        return programs.wrk(server, path, seconds, content.ACCEPT)
 
 
 class Image:
@@ -234,7 +235,7 @@ class Image:
             yield timed("image push", server, lambda: self._push(server))
 
     def _push(self, server: Server) -> float:
-        load.skopeo_push(server, self._layout, _REPOSITORY)
+        programs.skopeo_push(server, self._layout, _REPOSITORY)
         return 1
 
 
@@ -258,12 +259,5 @@ class Start:
     def measure(self, kind: Kind, directory: Path) -> Iterator[Result]:
         """Measure one server once."""
         del directory
-        port = free_port()
-        program = Program(kind.command(self._directory, port), self._directory / "log")
-        began = time.perf_counter()
-        program.start()
-        try:
-            wait_for_answer(program, port)
-            yield Level("start", kind.name, time.perf_counter() - began)
-        finally:
-            program.stop()
+        with kind.started(self._directory) as server:
+            yield Level("start", kind.name, server.start_seconds)

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-from benchmarks import content, load
+from benchmarks import content, load, programs
 from benchmarks.measures import Level, Result, Sizes, timed
 from benchmarks.servers import DOCKER_REGISTRY, HYTHE, Kind, Server, find_program
 from tests.services.faults import FaultyProxy
@@ -169,10 +169,10 @@ class Remote:
         with _placed(where, counted=True) as place, _running(kind.name, place, where) as server:
             assert isinstance(place, _Counted)
             place.proxy.requests.clear()
-            load.skopeo_push(server, self._layout, _REPOSITORY)
+            programs.skopeo_push(server, self._layout, _REPOSITORY)
             yield Level(f"S3 requests, image of {_LAYERS} layers in", kind.name, len(place.proxy.requests))
             place.proxy.requests.clear()
-            load.skopeo_pull(server, where / "pulled", _REPOSITORY)
+            programs.skopeo_pull(server, where / "pulled", _REPOSITORY)
             yield Level(f"S3 requests, image of {_LAYERS} layers out", kind.name, len(place.proxy.requests))
 
     def _memory(self, directory: Path) -> Iterator[Result]:
@@ -208,7 +208,7 @@ class Remote:
         return len(self._small)
 
     def _push_image(self, server: Server) -> float:
-        load.skopeo_push(server, self._layout, "bench/image")
+        programs.skopeo_push(server, self._layout, "bench/image")
         return 1
 
 
@@ -243,7 +243,7 @@ def _running(name: str, place: Place, directory: Path) -> Iterator[Server]:
 def _two(place: Place, directory: Path) -> Iterator[Server]:
     (directory / "second").mkdir()
     with _running(HYTHE.name, place, directory) as one, _running(HYTHE.name, place, directory / "second") as other:
-        yield _Replicas(TWO_REPLICAS.name, one.directory, one.port, one.program, other)
+        yield _Replicas(TWO_REPLICAS.name, one.directory, one.port, one.program, second=other)
 
 
 def _seconds(server: Server, blob: load.SmallBlob) -> float:

@@ -8,11 +8,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
+from benchmarks.accounts import Accounts
 from benchmarks.measures import Blob, Image, Manifest, Result, Sizes, Small, Start
 from benchmarks.remote import Remote
 
-Group = type[Blob] | type[Small] | type[Manifest] | type[Image] | type[Start] | type[Remote]
-GROUPS: Final[dict[str, Group]] = {group.name: group for group in (Blob, Small, Manifest, Image, Start, Remote)}
+Group = type[Blob] | type[Small] | type[Manifest] | type[Image] | type[Start] | type[Remote] | type[Accounts]
+_ALL: Final[tuple[Group, ...]] = (Blob, Small, Manifest, Image, Start, Remote, Accounts)
+GROUPS: Final[dict[str, Group]] = {group.name: group for group in _ALL}
 
 
 def run(names: list[str], sizes: Sizes, rounds: int, directory: Path) -> Iterator[Result]:

@@ -7,11 +7,12 @@ import os
 import pwd
 import shutil
 import socket
+import ssl
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
@@ -30,17 +31,32 @@ class BenchmarkError(Exception):
 
 @dataclass
 class Server:
-    """A running server."""
+    """A running server.
+
+    Attributes:
+        name: what tables call it.
+        directory: where its data is.
+        port: on loopback.
+        program: its process.
+        trust: how to connect over TLS, None where it speaks plainly.
+        start_seconds: from the start of the process to the first answer.
+    """
 
     name: str
     directory: Path
     port: int
     program: Program
+    trust: ssl.SSLContext | None = None
+    start_seconds: float = 0
 
     @property
     def address(self) -> tuple[str, int]:
         """Where it listens."""
         return "127.0.0.1", self.port
+
+    def connect(self) -> socket.socket:
+        """Connect to it."""
+        return _connect(self.address, self.trust)
 
     def cpu_seconds(self) -> float:
         """Return what its processes have used so far, user and system.
@@ -70,6 +86,8 @@ class Kind:
     name: str
     command: Callable[[Path, int], Sequence[str]]
     takes_pushes: bool = True
+    environment: Mapping[str, str] = field(default_factory=dict)
+    trust: ssl.SSLContext | None = None
 
     @contextlib.contextmanager
     def running(self, directory: Path) -> Iterator[Server]:
@@ -82,19 +100,21 @@ class Kind:
     def started(self, directory: Path) -> Iterator[Server]:
         """The same in a directory that is there."""
         port = free_port()
-        program = Program(self.command(directory, port), directory / f"{self.name}.log")
+        program = Program(self.command(directory, port), directory / f"{self.name}.log", self.environment)
+        began = time.perf_counter()
         program.start()
         try:
-            wait_for_answer(program, port)
-            yield Server(self.name, directory, port, program)
+            _wait_for_answer(program, port, self.trust)
+            seconds = time.perf_counter() - began
+            yield Server(self.name, directory, port, program, self.trust, seconds)
         finally:
             program.stop()
 
 
-def wait_for_answer(program: Program, port: int) -> None:
+def _wait_for_answer(program: Program, port: int, trust: ssl.SSLContext | None) -> None:
     """Wait for the first answer to a request of `/v2/`, looking every millisecond."""
     end = time.monotonic() + _PATIENCE
-    while not _answers(port):
+    while not _answers(port, trust):
         assert program.process is not None
         if program.process.poll() is not None or time.monotonic() > end:
             text = program.output.read_text(errors="replace")
@@ -102,9 +122,16 @@ def wait_for_answer(program: Program, port: int) -> None:
         time.sleep(0.001)
 
 
-def _answers(port: int) -> bool:
+def _connect(address: tuple[str, int], trust: ssl.SSLContext | None) -> socket.socket:
+    sock = socket.create_connection(address)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return trust.wrap_socket(sock, server_hostname=address[0]) if trust else sock
+
+
+def _answers(port: int, trust: ssl.SSLContext | None) -> bool:
     try:
-        with socket.create_connection(("127.0.0.1", port), timeout=_PATIENCE) as sock:
+        with _connect(("127.0.0.1", port), trust) as sock:
+            sock.settimeout(_PATIENCE)
             sock.sendall(b"GET /v2/ HTTP/1.1\r\nHost: localhost\r\n\r\n")
             return sock.recv(16).startswith(b"HTTP/1.1")
     except ConnectionError:
@@ -184,8 +211,11 @@ health:
     return [find_program("docker-registry"), "serve", str(config)]
 
 
-def _nginx(directory: Path, port: int) -> Sequence[str]:
-    """As Debian configures it, with the files below `data`, where `place` puts them."""
+def nginx_command(directory: Path, port: int, listen: str = "") -> Sequence[str]:
+    """As Debian configures it, with the files below `data`, where `place` puts them.
+
+    `listen` says more of how it listens, such as over TLS.
+    """
     place(directory, "/v2/index.html", b"{}")
     config = directory / "nginx.conf"
     config.write_text(
@@ -204,7 +234,7 @@ http {{
     access_log {directory / "access.log"};
     client_body_temp_path {directory / "bodies"};
     server {{
-        listen 127.0.0.1:{port};
+        listen 127.0.0.1:{port}{listen};
         root {directory / "data"};
     }}
 }}
@@ -226,4 +256,4 @@ def place(directory: Path, path: str, content: bytes | Path) -> None:
 DOCKER_REGISTRY: Final = Kind("docker-registry", _docker_registry)
 HYTHE: Final = Kind("hythe", _hythe())
 HYTHE_2: Final = Kind("hythe, 2 workers", _hythe("--workers", "2"))
-NGINX: Final = Kind("nginx", _nginx, takes_pushes=False)
+NGINX: Final = Kind("nginx", nginx_command, takes_pushes=False)
