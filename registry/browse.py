@@ -88,7 +88,8 @@ class Browse:
         name = self._repository(request, identity, Right.PULL)
         limit, last = _page(request)
         details = await self._database.read(tags.details, name, last, limit + 1)
-        return json_response({"tags": [_tag(detail) for detail in details[:limit]], "next": _next(details, limit)})
+        found = [_tag(detail, has_account=identity.account > 0) for detail in details[:limit]]
+        return json_response({"tags": found, "next": _next(details, limit)})
 
     async def manifest(self, request: web.Request, identity: Identity) -> web.StreamResponse:
         """GET `manifest`: what `reference` of `repository` is made of."""
@@ -168,7 +169,7 @@ def _node(node: Node) -> dict[str, Any]:
     }
 
 
-def _tag(detail: TagDetail) -> dict[str, Any]:
+def _tag(detail: TagDetail, *, has_account: bool) -> dict[str, Any]:
     return {
         "name": detail.name,
         "digest": detail.digest,
@@ -176,7 +177,8 @@ def _tag(detail: TagDetail) -> dict[str, Any]:
         "image_size": detail.image_size,
         "platforms": msgspec.json.decode(detail.platforms),
         "updated_at": rfc3339(detail.updated_at),
-        "updated_by": detail.updated_by,
+        # Whom there is, nobody else is told.
+        "updated_by": detail.updated_by if has_account else "",
     }
 
 

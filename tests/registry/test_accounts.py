@@ -260,6 +260,15 @@ async def test_a_repository_that_is_private_is_as_one_that_is_not_there(registry
     assert await answers("secret/app") == await answers("secret/none")
 
 
+async def test_who_pushed_is_told_to_whoever_is_logged_in(registry: Registry) -> None:
+    await registry.image()
+    await registry.user("alice", "pull")
+    await registry.database.write(rules.grant, "org", "pull", "everybody", "")
+    path = f"/api/v1/tags?repository={NAME}"
+    told = [(await ask(registry.client, "GET", path, headers=by)).json for by in (basic("alice"), {})]
+    assert [answer["tags"][0]["updated_by"] for answer in told] == ["root", ""]
+
+
 async def test_listings_show_only_what_may_be_read(registry: Registry) -> None:
     for name in ("a", "a-b", "a/c", "b/deep/one", "b/deep/two", "b/other", "public/x"):
         await registry.image(name)
