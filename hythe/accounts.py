@@ -10,7 +10,7 @@ from typing import Final
 
 from hythe.browse import Result, table
 from hythe.client import printable
-from hythe.ledger import Ledger, us
+from hythe.ledger import HOW, Ledger, us
 from hythe.remote import Remote
 from registry.access.passwords import hash_password, read_htpasswd
 from registry.errors import AccountsError
@@ -27,7 +27,8 @@ def add_user(ledger: Ledger, name: str, password: str | None, *, admin: bool) ->
     """Make an account; without a password it is a robot's."""
     hashed = hash_password(password) if password is not None else None
     kind = accounts.ROBOT if password is None else accounts.USER
-    ledger.change("user.add", name, "", accounts.add, name, kind, hashed, admin=admin, by=us())
+    detail = "administrator" if admin else kind
+    ledger.change("user.add", name, detail, accounts.add, name, kind, hashed, admin=admin, by=us())
     rights = ", who may administer everything" if admin else ""
     return Result({"name": name, "kind": kind, "admin": admin}, f"{name} is a {kind} now{rights}")
 
@@ -74,7 +75,7 @@ def remove_user(ledger: Ledger, name: str) -> Result:
 def import_users(ledger: Ledger, path: Path) -> Result:
     """Make accounts of the users of an htpasswd file."""
     found = read_htpasswd(path)
-    taken, left = ledger.change("user.import", path.name, ", ".join(found), accounts.take_over, found, us())
+    taken, left = ledger.do(accounts.take_over, found, us(), HOW)
     lines = [f"{name} is a user now, with the same password" for name in taken]
     lines += [f"{name} is an account already, and stays as it is" for name in left]
     return Result({"imported": taken, "left": left}, "\n".join(lines) or f"there is nobody in {path}")

@@ -19,6 +19,16 @@ class ServerError(Exception):
     """The registry said no, or nothing; the message is for a person."""
 
 
+class _NoRedirects(urllib.request.HTTPRedirectHandler):
+    """Follows nothing: the API leads nowhere else, and credentials would go along."""
+
+    def redirect_request(self, *_: Any, **__: Any) -> None:
+        return None
+
+
+_opener: Final = urllib.request.build_opener(_NoRedirects)
+
+
 def ask(server: str, method: str, endpoint: str, /, **parameters: str | Sequence[str]) -> Any:
     """Return the JSON answer to a request.
 
@@ -35,7 +45,7 @@ def ask(server: str, method: str, endpoint: str, /, **parameters: str | Sequence
     url = f"{_base(server)}/api/v1/{endpoint}" + (f"?{query}" if query else "")
     request = urllib.request.Request(url, method=method, headers=_credentials())  # noqa: S310 - the scheme was checked
     try:
-        with urllib.request.urlopen(request, timeout=_PATIENCE) as response:  # noqa: S310
+        with _opener.open(request, timeout=_PATIENCE) as response:
             return json.load(response)
     except urllib.error.HTTPError as error:
         raise ServerError(_message(error)) from None

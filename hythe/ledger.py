@@ -28,12 +28,12 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 #: What the audit names for a credential.
-_HOW: Final = "command line"
+HOW: Final = "command line"
 _DAY: Final = 86400 * 1_000_000
 
 
 class Ledger:
-    """Asks and changes the database; a change is in the audit. All methods raise `AccountsError`."""
+    """Asks and changes the database; a change is in the audit. All raise `AccountsError`, `ConfigurationError`."""
 
     def __init__(self, settings: Settings) -> None:
         """Take the database that `settings` name."""
@@ -49,7 +49,12 @@ class Ledger:
         **kwargs: P.kwargs,
     ) -> T:
         """Run a unit that changes something, with its event in the audit."""
-        return self._write(Event(us(), _HOW, "", action, target=target, detail=detail), unit, *args, **kwargs)
+        return self._write(Event(us(), HOW, "", action, target=target, detail=detail), unit, *args, **kwargs)
+
+    def do(self, unit: Unit[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Run a unit that changes something, and keeps its event itself."""
+        result: T = asyncio.run(self._run(lambda database: database.write(unit, *args, **kwargs)))
+        return result
 
     def ask(self, unit: Unit[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Run a unit that only reads; there must be a database, for nobody looks for something in a new one."""
@@ -93,7 +98,8 @@ class Ledger:
         bound = json.dumps([_reach(text) for text in scope])
         ends_at = now() + days * _DAY if days else None
         kept = (owner, name, secret_hash(token), bound, ends_at)
-        token_id = self.change("token.create", owner, name, access_tokens.add_personal, *kept)
+        detail = f"{name}, for {' '.join(scope) or 'all that is held'}, until {rfc3339(ends_at) or 'it is revoked'}"
+        token_id = self.change("token.create", owner, detail, access_tokens.add_personal, *kept)
         return {"id": token_id, "owner": owner, "name": name, "token": token, "ends_at": rfc3339(ends_at)}
 
     def tokens(self, owner: str | None) -> list[dict[str, Any]]:
@@ -147,7 +153,7 @@ def node_of(text: str) -> str:
 
 
 def _about(node: str, action: str, right: str, subject: str) -> Event:
-    return Event(us(), _HOW, "", action, repository=node, target=node or "/", detail=f"{right} to {subject}")
+    return Event(us(), HOW, "", action, repository=node, target=node or "/", detail=f"{right} to {subject}")
 
 
 def _reach(text: str) -> tuple[str, str]:

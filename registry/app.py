@@ -19,7 +19,7 @@ from registry.access.challenges import Challenges
 from registry.access.clients import Clients
 from registry.access.credentials import Credentials
 from registry.access.gate import Gate
-from registry.access.granting import Rights
+from registry.access.granting import Granting
 from registry.access.issuers import Issuers
 from registry.access.limits import LoginLimits, Rate
 from registry.access.logins import Logins
@@ -152,7 +152,7 @@ def build(settings: Settings, *, process: Process | None = None, store: Store | 
     app.router.add_route("*", "/v2/{path:.*}", Dispatcher(table, gate).handle, expect_handler=_uninvited)
     app.router.add_get("/v2", _to_base)
     app.router.add_routes(Browse(database, contents, gate, auditor, delete=settings.registry.delete).routes())
-    app.router.add_routes(Rights(database, gate, auditor).routes())
+    app.router.add_routes(Granting(database, gate, auditor).routes())
     app.router.add_routes(Health(database, store, metrics, fresh, gate).routes())
 
     async def life(_: web.Application) -> AsyncIterator[None]:

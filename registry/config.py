@@ -27,6 +27,10 @@ _LISTEN: Final = re.compile(r"(?:\[(?P<ipv6>[0-9a-fA-F:.]+)\]|(?P<host>[A-Za-z0-
 _PUBLIC_URL: Final = re.compile(r"https?://[A-Za-z0-9._:\[\]-]+(/[A-Za-z0-9._~-]+)*/?")
 
 
+#: Where keys may be fetched without TLS: nobody is between. Elsewhere he would sign whatever he likes.
+_NEAR: Final = r"http://(?:127\.0\.0\.1|localhost|\[::1\])[:/]"
+
+
 class _Table(Struct, frozen=True, forbid_unknown_fields=True):
     pass
 
@@ -77,7 +81,7 @@ class IssuerRule(_Table, frozen=True):
 class IssuerSettings(_Table, frozen=True):
     """Somebody else whose tokens are good to log in by."""
 
-    issuer: Annotated[str, Meta(pattern=r"^https?://[^ ?#]+$")]
+    issuer: Annotated[str, Meta(pattern=rf"^(?:https://|{_NEAR})[^ ?#]+$")]
     audience: Annotated[str, Meta(min_length=1)]
     rules: Annotated[tuple[IssuerRule, ...], Meta(min_length=1)]
     ca_file: str = ""

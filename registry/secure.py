@@ -19,6 +19,8 @@ import threading
 from collections.abc import Iterator, Sequence
 from typing import Any, Final, cast
 
+from registry.connections import Connections
+
 #: The most that a record holds. [RFC 8446, 5.1]
 _RECORD_SIZE: Final = 16 << 10
 #: Bytes that a thread receives, or encrypts, at once.
@@ -113,9 +115,22 @@ _buffers: Final = _Buffers()
 class Secure(asyncio.Protocol, asyncio.Transport):
     """A protocol to the transport below, which brings encrypted bytes, and a transport to the protocol above."""
 
-    def __init__(self, inner: asyncio.Protocol, context: ssl.SSLContext, handshake_seconds: float) -> None:
-        """Serve `inner` by `context`; whoever has not shaken hands after some seconds is dropped."""
+    #: For whoever looks after connections: hands have a time of their own.
+    head_since: None = None
+
+    def __init__(
+        self,
+        inner: asyncio.Protocol,
+        context: ssl.SSLContext,
+        connections: Connections,
+        handshake_seconds: float,
+    ) -> None:
+        """Serve `inner` by `context`; whoever has not shaken hands after some seconds is dropped.
+
+        Until then it has one of the places of `connections`, which `inner` takes afterwards.
+        """
         super().__init__()
+        self._connections = connections
         self._inner = inner
         self._context = context
         self._seconds = handshake_seconds
@@ -131,9 +146,12 @@ class Secure(asyncio.Protocol, asyncio.Transport):
         # uvloop's transports are no subclasses of asyncio's.
         self._transport = cast("asyncio.Transport", transport)
         self._deadline = asyncio.get_running_loop().call_later(self._seconds, self.abort)
+        if not self._connections.enter(self):
+            self.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._deadline.cancel()
+        self._connections.leave(self)
         if self._is_open:
             self._inner.connection_lost(exc)
 
@@ -182,6 +200,7 @@ class Secure(asyncio.Protocol, asyncio.Transport):
         if not self._is_open:
             self._deadline.cancel()
             self._is_open = True
+            self._connections.leave(self)
             self._inner.connection_made(self)
 
     def _decrypt(self) -> tuple[bytes, bool]:

@@ -71,7 +71,7 @@ def serve(settings: Settings, announce: Callable[[str], None]) -> int:
         copy = upgrade(settings.database.url)
         if copy:
             log.info("database upgraded", copy=copy)
-        has_accounts = asyncio.run(_take_over(settings))
+        has_accounts = asyncio.run(_prepare(settings))
         check_open(settings, has_accounts=has_accounts)
         certificates = Certificates(settings.tls) if settings.tls.certificate else None
         sockets = bind(settings)
@@ -128,7 +128,7 @@ def _doubt(settings: Settings, trace: Trace) -> Doubt | None:
     return Doubt(time.time() - _LONG) if is_local else None
 
 
-async def _take_over(settings: Settings) -> bool:
+async def _prepare(settings: Settings) -> bool:
     """Make sure that the store is this registry's, and end the claims of a run that is over.
 
     Returns:
@@ -142,7 +142,7 @@ async def _take_over(settings: Settings) -> bool:
     except StorageError as error:
         raise ConfigurationError(f"storage.{settings.storage.driver}: {error}") from None
     except MetadataError as error:
-        raise ConfigurationError(f"accounts: {error}") from None
+        raise ConfigurationError(f"database.url: {error}") from None
     finally:
         await store.close()
         await database.close()
@@ -236,7 +236,11 @@ async def _serve(
 
     def protocol() -> asyncio.Protocol:
         connection = accept(http, app[ANSWERS], connections)
-        return Secure(connection, certificates.context, settings.server.head_seconds) if certificates else connection
+        return (
+            Secure(connection, certificates.context, connections, settings.server.head_seconds)
+            if certificates
+            else connection
+        )
 
     listeners = [await loop.create_server(protocol, sock=sock, backlog=BACKLOG) for sock in sockets]
     watching = asyncio.create_task(_watch(certificates)) if certificates else None

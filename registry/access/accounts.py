@@ -35,7 +35,7 @@ async def make_accounts(database: Database, settings: AccountSettings) -> bool:
         try:
             password = await asyncio.to_thread(hash_password, settings.admin_password)
             name = accounts.checked_name(settings.admin)
-            event = Event("", "accounts.admin_password", "", "user.add", target=name)
+            event = Event("", "accounts.admin_password", "", "user.add", target=name, detail="administrator")
             if await database.write(accounts.add_first, name, password, event):
                 log.info("the first account was made", name=settings.admin)
         except AccountsError as error:
@@ -68,13 +68,16 @@ class Follower:
             ConfigurationError: it cannot be used; nothing changes then.
             MetadataError: the database does not answer.
         """
-        state = await asyncio.to_thread(self._state)
+        self._read = await asyncio.to_thread(self._state)
         passwords = await asyncio.to_thread(read_htpasswd, self._path)
         try:
             changed, foreign = await self._database.write(accounts.follow, passwords, "accounts.htpasswd")
         except AccountsError as error:
             raise ConfigurationError(f"{self._path}: {error}") from None
-        self._read = state
+        except MetadataError:
+            # What is written there is for the next look.
+            self._read = None
+            raise
         if changed:
             log.info("accounts follow the htpasswd file", changed=", ".join(changed))
         for name in foreign:
@@ -87,7 +90,7 @@ class Follower:
         """
         state = await asyncio.to_thread(self._state)
         is_still, self._seen = state == self._seen, state
-        if not is_still or (state is not None and state == self._read):
+        if not is_still or state == self._read:
             return
         try:
             await self.read()

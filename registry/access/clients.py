@@ -40,7 +40,7 @@ class Clients:
         return address
 
     def origin(self, request: web.BaseRequest) -> str:
-        """Return `https://HOST[/PREFIX]`, as the client knows us."""
+        """Return `SCHEME://HOST[/PREFIX]`, as the client knows us."""
         if self._public_url:
             return self._public_url
         scheme, host = request.scheme, request.host

@@ -33,7 +33,7 @@ _NAME_LIMIT: Final = 100
 _CONTROL: Final = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
 
-class Rights:
+class Granting:
     """Hands on rights and tokens."""
 
     def __init__(self, database: Database, gate: Gate, auditor: Auditor) -> None:
@@ -116,7 +116,9 @@ class Rights:
             raise BadRequest(f"days: expected 0, for one that never ends, to {_DAYS_LIMIT}")
         ends_at = now() + days * _DAY if days else None
         token = new_token()
-        event = self._auditor.event(request, identity, "token.create", target=owner, detail=name)
+        reaches = " ".join(request.query.getall("scope", [])) or "all that is held"
+        detail = f"{name}, for {reaches}, until {rfc3339(ends_at) or 'it is revoked'}"
+        event = self._auditor.event(request, identity, "token.create", target=owner, detail=detail)
         added = await self._database.write(
             audited,
             event,

@@ -141,7 +141,10 @@ class _Issuer:
                 described = await _get(session, self._settings.issuer.rstrip("/") + _WELL_KNOWN)
                 if described.get("issuer") != self._settings.issuer:
                     return "its issuer describes itself as another one"
-                found = await _get(session, str(described.get("jwks_uri")))
+                place = str(described.get("jwks_uri"))
+                if not place.startswith("https://") and self._settings.issuer.startswith("https://"):
+                    return "its keys lie where anybody on the way could change them"
+                found = await _get(session, place)
             self._keys = dict(_usable(found.get("keys", [])))
         except (aiohttp.ClientError, OSError, ValueError, TypeError) as error:
             log.error("the keys of an issuer cannot be had", issuer=self._settings.issuer, error=repr(error))

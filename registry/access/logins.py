@@ -90,7 +90,11 @@ class Logins:
         ):
             reason = "the token is unknown, revoked, ended, or another account's"
             raise await self._refusal(name, reason, address, began)
-        await self._database.note(access_tokens.note_use, found.token.id)
+        try:
+            await self._database.note(access_tokens.note_use, found.token.id)
+        except MetadataError as error:
+            # On a full disk pulls go on.
+            log.warning("the use of a token is not noted", error=str(error))
         return identity_of(found, f"{_kind_of(found)} {found.token.id}", time.time() + _VERDICT_SECONDS)
 
     async def _by_issuer(self, name: str, token: str, address: str) -> Identity:

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from registry.config import AccountSettings
+from registry.errors import MetadataError
 from registry.metadata import keys
 from registry.metadata.engine import Database
 from registry.metadata.keys import Key
@@ -100,7 +101,13 @@ class Signer:
     async def _current(self) -> tuple[str, Any, int]:
         """Return the key to sign by: a new one where the last is too old."""
         if self._newest is None or self._newest[2] <= time.time_ns() // 1000 - self._age:
-            self._learn(await self._database.write(keys.renew, uuid.uuid4().hex, _make(), self._age, self._kept))
+            try:
+                self._learn(await self._database.write(keys.renew, uuid.uuid4().hex, _make(), self._age, self._kept))
+            except MetadataError:
+                # On a full disk an older key does as well.
+                self._learn(await self._database.read(keys.everything))
+                if self._newest is None:
+                    raise
         assert self._newest is not None
         return self._newest
 

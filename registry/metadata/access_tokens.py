@@ -26,6 +26,7 @@ REFRESH: Final = "refresh"
 PREFIX: Final = "hythe_"
 #: Personal tokens that one account may have.
 _PERSONAL_LIMIT: Final = 200
+_NAME_LIMIT: Final = 100
 #: Microseconds between two notes of when a token was used.
 _USE_NOTED: Final = 60_000_000
 
@@ -113,10 +114,13 @@ def add_personal(
 
     Raises `AccountsError`.
     """
+    if not 0 < len(name) <= _NAME_LIMIT or not name.isprintable():
+        raise AccountsError(f"the name of a token has up to {_NAME_LIMIT} characters, all of them printable")
     account_id = accounts.demand(connection, owner).id
     if changed_at is not None:
         accounts.demand_unchanged(connection, account_id, changed_at)
     kept = select(func.count()).select_from(access_token).filter_by(account_id=account_id, kind=PERSONAL)
+    kept = kept.where(or_(access_token.c.ends_at.is_(None), access_token.c.ends_at > now()))
     if (connection.scalar(kept) or 0) >= _PERSONAL_LIMIT:
         raise AccountsError(f"{owner} has {_PERSONAL_LIMIT} tokens already: revoke some")
     return add(connection, account_id, PERSONAL, name, secret, scope, ends_at)

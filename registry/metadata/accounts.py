@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
-from sqlalchemy import Connection, and_, bindparam, delete, func, insert, select, update
+from sqlalchemy import Connection, and_, bindparam, delete, func, insert, or_, select, update
 
 from registry.errors import AccountsError, AccountUnknown
 from registry.metadata import audit, policy
@@ -37,6 +37,8 @@ _columns: Final = (
     account.c.created_at,
     account.c.changed_at,
 )
+#: Of accounts that are not disabled: neither by hand, nor as their file does not name them any more.
+IS_ACTIVE: Final = and_(~account.c.is_disabled, or_(account.c.source != HTPASSWD, account.c.password.is_not(None)))
 _by_name: Final = Prepared(select(*_columns).where(account.c.name == bindparam("name")))
 _by_id: Final = Prepared(select(*_columns).where(account.c.id == bindparam("account_id")))
 
@@ -194,39 +196,40 @@ def remove(connection: Connection, name: str) -> None:
     found = _own(connection, name)
     with keeping_an_administrator(connection):
         connection.execute(delete(account).where(account.c.id == found.id))
-    policy.changed(connection)
 
 
 def follow(connection: Connection, passwords: Mapping[str, str], by: str = "") -> tuple[list[str], list[str]]:
     """Let the accounts that come from a file be those of `passwords`, hashes by name.
 
-    Who is not named any more is disabled, and has no password: what he may do, and his tokens, are there again if he
-    comes back. Who was disabled by hand stays so.
+    Who is not named any more loses his password, and counts as disabled: what he may do, and his tokens, are there
+    again if he comes back. Who was disabled by hand stays so.
 
     Returns:
         Names of accounts that were added or changed, and names in the file that belong to accounts of another source.
     """
     hold_still(connection, account)
-    known = {found.name: found for found in everyone(connection)}
-    spelled = {name.lower(): name for name in known}
+    known = {found.name.lower(): found for found in everyone(connection)}
+    named: set[str] = set()
     changed, foreign = [], []
     for name, password in passwords.items():
-        found = known.get(spelled.get(name.lower(), ""))
+        if name.lower() in named:
+            raise AccountsError(f"there is an account {name.lower()} already")
+        named.add(name.lower())
+        found = known.get(name.lower())
         if found is None:
             add(connection, name, USER, password, source=HTPASSWD)
-        elif found.source != HTPASSWD or found.name != name:
+        elif found.source != HTPASSWD:
             foreign.append(name)
             continue
         elif found.password != password:
-            was_gone = found.password is None
-            _change(connection, found.id, password=password, is_disabled=found.is_disabled and not was_gone)
+            _change(connection, found.id, password=password)
             _forget_logins(connection, found.id)
         else:
             continue
         changed.append(name)
     for found in known.values():
-        if found.source == HTPASSWD and found.password is not None and found.name not in passwords:
-            _change(connection, found.id, password=None, is_disabled=True)
+        if found.source == HTPASSWD and found.password is not None and found.name.lower() not in named:
+            _change(connection, found.id, password=None)
             _forget_logins(connection, found.id)
             changed.append(found.name)
     if changed:
@@ -234,7 +237,9 @@ def follow(connection: Connection, passwords: Mapping[str, str], by: str = "") -
     return changed, foreign
 
 
-def take_over(connection: Connection, passwords: Mapping[str, str], by: str) -> tuple[list[str], list[str]]:
+def take_over(
+    connection: Connection, passwords: Mapping[str, str], by: str, how: str = ""
+) -> tuple[list[str], list[str]]:
     """Make accounts of our own with these passwords, hashes by name; those that followed a file do so no longer.
 
     Returns:
@@ -251,13 +256,15 @@ def take_over(connection: Connection, passwords: Mapping[str, str], by: str) -> 
         if found is None:
             add(connection, name, USER, password, by=by)
         elif found.source == HTPASSWD:
-            # Who was disabled by hand stays so; who was only missing in the file is named in this one.
-            is_disabled = found.is_disabled and found.password is not None
-            _change(connection, found.id, source=OWN, password=password, is_disabled=is_disabled)
+            _change(connection, found.id, source=OWN, password=password)
+            if found.password != password:
+                _forget_logins(connection, found.id)
         else:
             left.append(found.name)
             continue
         taken.append(name)
+    if taken:
+        audit.add(connection, Event(by, how, "", "user.import", detail=", ".join(taken)))
     return taken, left
 
 
@@ -265,8 +272,9 @@ def add_team(connection: Connection, name: str) -> None:
     """Make a team without members. Raises `AccountsError`."""
     checked_name(name)
     hold_still(connection, team)
-    if connection.scalar(select(team.c.id).where(team.c.name == name)) is not None:
-        raise AccountsError(f"there is a team {name} already")
+    taken = connection.scalar(select(team.c.name).where(func.lower(team.c.name) == name.lower()))
+    if taken is not None:
+        raise AccountsError(f"there is a team {taken} already")
     connection.execute(insert(team).values(name=name, created_at=now()))
 
 
@@ -275,7 +283,6 @@ def remove_team(connection: Connection, name: str) -> None:
     team_id = demand_team(connection, name)
     with keeping_an_administrator(connection):
         connection.execute(delete(team).where(team.c.id == team_id))
-    policy.changed(connection)
 
 
 def teams(connection: Connection) -> list[Team]:
@@ -310,7 +317,6 @@ def leave(connection: Connection, team_name: str, names: list[str]) -> None:
             link = {"team_id": team_id, "account_id": demand(connection, name).id}
             if not connection.execute(delete(team_member).filter_by(**link)).rowcount:
                 raise AccountsError(f"{name} is not in the team {team_name}")
-    policy.changed(connection)
 
 
 def demand_team(connection: Connection, name: str) -> int:
@@ -329,12 +335,13 @@ def administrators(connection: Connection) -> set[int]:
     rules = connection.execute(root).all()
     through = select(team_member.c.account_id).where(team_member.c.team_id.in_([rule.team_id for rule in rules]))
     named = {rule.account_id for rule in rules} | set(connection.scalars(through))
-    return set(connection.scalars(select(account.c.id).where(account.c.id.in_(named), ~account.c.is_disabled)))
+    return set(connection.scalars(select(account.c.id).where(account.c.id.in_(named), IS_ACTIVE)))
 
 
 def _account(row: Any) -> Account:
     account_id, name, kind, source, password, is_disabled, created_at, changed_at = row
-    return Account(account_id, name, kind, source, password, bool(is_disabled), created_at, changed_at)
+    is_out = bool(is_disabled) or (source == HTPASSWD and password is None)
+    return Account(account_id, name, kind, source, password, is_out, created_at, changed_at)
 
 
 def _own(connection: Connection, name: str) -> Account:
@@ -358,6 +365,8 @@ def _forget_logins(connection: Connection, account_id: int) -> None:
 @contextmanager
 def keeping_an_administrator(connection: Connection) -> Iterator[None]:
     """Refuse a change, which is undone then, after which nobody could administer. Raises `AccountsError`."""
+    # Whoever does the same at the same moment waits here, and then sees what this one did.
+    policy.changed(connection)
     before = administrators(connection)
     yield
     if before and not administrators(connection):

@@ -72,10 +72,11 @@ def grant(connection: Connection, node: str, right: str, subject: str, by: str) 
     if subject == EVERYBODY and right == "admin":
         raise AccountsError("everybody cannot be an administrator")
     rule = {"node": node, "right": right, **columns}
+    # First, so that two who give the same at once make one rule.
+    policy.changed(connection)
     if connection.scalar(select(access_rule.c.id).filter_by(**rule)) is not None:
         return False
     connection.execute(insert(access_rule).values(**rule, created_at=now(), created_by=by))
-    policy.changed(connection)
     return True
 
 
@@ -86,7 +87,6 @@ def revoke(connection: Connection, node: str, right: str, subject: str) -> None:
         if not connection.execute(delete(access_rule).filter_by(**rule)).rowcount:
             shown = f"{right} on {node or '/'} to {subject}"
             raise AccountUnknown(f"there is no rule that gives {shown}")
-    policy.changed(connection)
 
 
 def everything(connection: Connection, nodes: list[str] | None = None) -> list[Rule]:
@@ -113,7 +113,7 @@ def holders(connection: Connection, nodes: list[str], rights: list[str]) -> list
 def _members(connection: Connection, row: Row[Any], rule: Rule) -> list[str]:
     if row.audience:
         return [rule.subject]
-    active = select(account.c.name).where(~account.c.is_disabled).order_by(account.c.name)
+    active = select(account.c.name).where(accounts.IS_ACTIVE).order_by(account.c.name)
     return list(connection.scalars(active.where(_is_member(row))))
 
 

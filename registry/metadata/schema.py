@@ -140,6 +140,8 @@ def _copy(path: Path, revision: str) -> Path:
     copy = path.with_name(f"{path.name}.before-upgrade-from-{revision}")
     temporary = copy.with_name(copy.name + ".part")
     temporary.unlink(missing_ok=True)
+    # In it are hashes of passwords and the keys by which tokens are signed.
+    temporary.touch(mode=0o600)
     with (
         contextlib.closing(sqlite3.connect(path)) as source,
         contextlib.closing(sqlite3.connect(temporary)) as target,

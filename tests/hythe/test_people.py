@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import http.server
 import json
 import sqlite3
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import bcrypt
 import pytest
@@ -239,6 +241,36 @@ def elsewhere(server: HytheServer, *arguments: str, user: str = "alice", passwor
     environment = {"HYTHE_USER": user, "HYTHE_PASSWORD": password}
     done = hythe(*arguments, "--server", server.url, "--json", **environment)
     return json.loads(done.stdout) if done.returncode == 0 else done.stderr
+
+
+class Elsewhere(http.server.BaseHTTPRequestHandler):
+    """Leads to another host, and remembers what came there."""
+
+    came: ClassVar[list[str]] = []
+
+    def do_GET(self) -> None:
+        if self.path == "/there":
+            self.came.append(self.headers.get("Authorization", ""))
+        self.send_response(302)
+        self.send_header("Location", f"http://localhost:{self.server.server_port}/there")  # type: ignore[attr-defined]
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_a_password_goes_to_nobody_but_the_registry(desk: Desk) -> None:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Elsewhere) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        done = hythe(
+            "ls", "--server", f"http://127.0.0.1:{server.server_port}", HYTHE_USER="alice", HYTHE_PASSWORD=PASSWORD
+        )
+        server.shutdown()
+        thread.join()
+    assert done.returncode == 1
+    assert "302" in done.stderr
+    assert Elsewhere.came == []
 
 
 def test_rights_and_tokens_are_handed_on_without_the_database(desk: Desk, served: HytheServer) -> None:

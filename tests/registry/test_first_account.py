@@ -46,7 +46,7 @@ async def test_he_and_those_of_a_file_are_in_the_audit_once(database: Database, 
         await make_accounts(database, AccountSettings(admin="boss", admin_password=PASSWORD, htpasswd=str(users)))
     found = await database.read(audit.find, since=0, user=None, repository=None, before=None, limit=9)
     assert [(event.credential, event.action, event.target, event.detail) for _, event in reversed(found)] == [
-        ("accounts.admin_password", "user.add", "boss", ""),
+        ("accounts.admin_password", "user.add", "boss", "administrator"),
         ("accounts.htpasswd", "user.follow", "", "alice"),
     ]
 

@@ -196,6 +196,11 @@ async def test_who_was_disabled_by_hand_stays_so_whatever_the_file_says(
     write(users, line("alice", OTHER))
     await follow(follower)
     assert await status(registry, "alice", OTHER) == 401
+    write(users, "")
+    await follow(follower)
+    write(users, line("alice", OTHER))
+    await follow(follower)
+    assert await status(registry, "alice", OTHER) == 401
     await registry.database.write(accounts.set_disabled, "alice", disabled=False)
     assert await status(registry, "alice", OTHER) == 202
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import pytest
 
+from registry.errors import AccountsError
 from registry.metadata import accounts, audit, policy, rules
 from registry.metadata.audit import Event
 from tests.conftest import Start
@@ -116,6 +118,16 @@ async def test_the_last_administrator_keeps_his_right(team: Registry) -> None:
     assert "nobody could administer" in answer.json["errors"][0]["message"]
     assert (await change(team, "PUT", "root", "admin", "bob", "/")).status == 200
     assert (await change(team, "DELETE", "root", "admin", "root", "/")).status == 200
+
+
+async def test_two_administrators_who_remove_each_other_at_once_are_not_both_gone(team: Registry) -> None:
+    await team.database.write(rules.grant, "", "admin", "bob", "")
+    for _ in range(5):
+        both = [team.database.write(rules.revoke, "", "admin", name) for name in ("root", "bob")]
+        outcomes = await asyncio.gather(*both, return_exceptions=True)
+        assert [isinstance(outcome, AccountsError) for outcome in outcomes].count(True) == 1
+        for name in ("root", "bob"):
+            await team.database.write(rules.grant, "", "admin", name, "")
 
 
 async def test_where_there_are_no_accounts_nothing_is_given_to_those_who_will_come(start: Start) -> None:

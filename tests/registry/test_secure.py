@@ -9,7 +9,7 @@ import ssl
 import subprocess
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -169,10 +169,34 @@ def test_who_does_not_speak_tls_is_left_and_others_are_served(running: Server, w
 def test_a_handshake_that_does_not_end_is_not_waited_for(tmp_path: Path) -> None:
     with (
         served(tmp_path, with_tls=True, environment={"HYTHE_SERVER__HEAD_SECONDS": "1"}) as server,
-        socket.create_connection((HOST, server.port), timeout=20) as connection,
+        # Well before the time that there is without that setting.
+        socket.create_connection((HOST, server.port), timeout=10) as connection,
         suppress(ConnectionResetError),
     ):
         assert connection.recv(1) == b""
+
+
+@pytest.mark.parametrize("with_tls", [False, True])
+def test_more_connections_than_there_are_places_for_are_not_taken(tmp_path: Path, with_tls: bool) -> None:
+    environment = {"HYTHE_SERVER__CONNECTIONS": "2", "HYTHE_LOG__FORMAT": "text"}
+    with served(tmp_path, with_tls=with_tls, environment=environment) as server, ExitStack() as stack:
+
+        def connect() -> socket.socket:
+            return stack.enter_context(socket.create_connection((HOST, server.port), timeout=10))
+
+        # Neither says a word, nor shakes hands.
+        silent = [connect(), connect()]
+        with suppress(ConnectionResetError):
+            assert connect().recv(1) == b""
+        silent.pop().close()
+
+        def is_served() -> bool:
+            with suppress(OSError), connected(server) as raw:
+                return raw.ask("GET /v2/").status == 200
+            return False
+
+        wait_until(is_served, "a place")
+        assert "too many connections" in (tmp_path / "hythe.log").read_text()
 
 
 @needs("openssl")
@@ -216,4 +240,4 @@ def test_a_server_that_is_told_to_stop_finishes_downloads_within_its_time(tmp_pa
             assert server.program.process
             server.program.process.send_signal(signal.SIGTERM)
             assert body(raw) == content if reads else True
-            assert server.program.stop() == 0
+            assert server.program.process.wait(30) == 0
