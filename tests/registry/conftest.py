@@ -15,10 +15,22 @@ from tests.registry.accounts import HASH, Registry
 from tests.services.postgres import needs_postgres
 from tests.services.s3 import needs_ceph
 
-#: Modules whose tests look into files, processes or memory of one host.
+#: Modules whose tests look into files, processes or memory of one host, or come no further than what is before both.
 LOCAL: Final = frozenset(
     [
-        *("affinity", "answers", "app", "cache", "chunks", "clients", "config", "fresh", "full_disk", "issuers"),
+        *(
+            "affinity",
+            "answers",
+            "app",
+            "attacks",
+            "cache",
+            "chunks",
+            "clients",
+            "config",
+            "fresh",
+            "full_disk",
+            "issuers",
+        ),
         *("limits", "postgres", "schema", "server", "sqlite", "tls"),
     ]
 )

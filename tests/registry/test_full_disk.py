@@ -15,6 +15,7 @@ import pytest
 from storage.oci import OCI_MANIFEST
 from tests.conftest import needs_root
 from tests.content import Image, digest_of, make_image
+from tests.hythe.test_cli import hythe
 from tests.services.processes import HytheServer, free_port, wait_until
 from tests.storage.conftest import fill_disk, small_disk
 
@@ -293,3 +294,19 @@ def test_a_log_on_the_full_disk_breaks_nothing_and_goes_on_when_there_is_room(tm
         (disk / "ballast").unlink()
         _, headers, _ = ask(server, "GET", "/v2/")
         wait_until(lambda: headers["X-Request-Id"] in server.output.read_text(errors="replace"), "the log to go on")
+
+
+def test_a_token_is_good_though_its_use_cannot_be_noted(tmp_path: Path, disk: Path) -> None:
+    with serving(tmp_path, tmp_path / "blobs", disk) as server:
+
+        def command(*arguments: str) -> str:
+            done = hythe(*arguments, standard_input="correct horse", **server.environment)
+            assert done.returncode == 0, done.stderr
+            return done.stdout.strip()
+
+        command("user", "add", "--admin", "alice", "--password-stdin")
+        token = command("token", "create", "build", "--user", "alice")
+        assert ask(server, "GET", "/v2/")[0] == 401
+        fill_disk(disk)
+        assert ask(server, "GET", "/v2/", Authorization=f"Bearer {token}")[0] == 200
+        assert "the use of a token is not noted" in (tmp_path / "hythe.log").read_text()

@@ -432,7 +432,7 @@ def test_any_sequence_of_operations_does_what_the_model_does(
         run_state_machine_as_test(
             machine,
             settings=settings(
-                max_examples=40,
+                max_examples=25,
                 stateful_step_count=20,
                 deadline=None,
                 derandomize=True,
