@@ -100,7 +100,7 @@ def has_setuptools() -> bool:
 
 @needs("git")
 def test_the_wheel_holds_every_module_and_what_the_program_reads(wheel: list[str]) -> None:
-    shipped = ("hythe/", "registry/", "storage/", "migrations/")
+    shipped = ("hythe/", "registry/", "runner/", "storage/", "migrations/")
     modules = {name for name in committed() if name.startswith(shipped) and name.endswith(".py")}
     assert any(name.startswith("migrations/versions/0001") for name in modules)
     assert {*modules, "registry/openapi.json"} <= set(wheel)
@@ -108,7 +108,7 @@ def test_the_wheel_holds_every_module_and_what_the_program_reads(wheel: list[str
 
 @needs("git")
 def test_the_wheel_holds_nothing_else(wheel: list[str]) -> None:
-    shipped = ("hythe/", "registry/", "storage/", "migrations/", "hythe-")
+    shipped = ("hythe/", "registry/", "runner/", "storage/", "migrations/", "hythe-")
     assert not [name for name in wheel if not name.startswith(shipped)]
     assert any(name.endswith("entry_points.txt") for name in wheel)
     assert any("LICENSE" in name for name in wheel)

@@ -1,0 +1,1 @@
+"""The runner: images from any registry, as isolated processes on this host."""
