@@ -7,21 +7,19 @@ from __future__ import annotations
 
 import asyncio
 import getpass
-import json
 from collections.abc import Sequence
 from typing import Any, Final, ParamSpec, TypeVar
 
-from registry.access.rights import Right, nodes_above, parse_node, reach
+from registry.access.personal import NewToken
+from registry.access.rights import Right, nodes_above, parse_node
 from registry.config import Settings
 from registry.errors import AccountsError, ConfigurationError, MetadataError
 from registry.lock import held
 from registry.metadata import access_tokens, rules
-from registry.metadata.access_tokens import new_token, secret_hash
 from registry.metadata.audit import Event, audited
 from registry.metadata.engine import Unit, open_database
 from registry.metadata.schema import is_current, upgrade
 from registry.metadata.sqlite import sqlite_path
-from registry.metadata.tables import now, rfc3339
 from storage.errors import InvalidName
 
 P = ParamSpec("P")
@@ -29,7 +27,6 @@ T = TypeVar("T")
 
 #: What the audit names for a credential.
 HOW: Final = "command line"
-_DAY: Final = 86400 * 1_000_000
 
 
 class Ledger:
@@ -49,7 +46,7 @@ class Ledger:
         **kwargs: P.kwargs,
     ) -> T:
         """Run a unit that changes something, with its event in the audit."""
-        return self._write(Event(us(), HOW, "", action, target=target, detail=detail), unit, *args, **kwargs)
+        return self.do(audited, Event(us(), HOW, "", action, target=target, detail=detail), unit, *args, **kwargs)
 
     def do(self, unit: Unit[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Run a unit that changes something, and keeps its event itself."""
@@ -70,13 +67,13 @@ class Ledger:
     def grant(self, right: str, node: str, subject: str) -> dict[str, Any]:
         """Make a rule."""
         place = node_of(node)
-        self._write(_about(place, "grant", right, subject), rules.grant, place, right, subject, us())
+        self.do(audited, _about(place, "grant", right, subject), rules.grant, place, right, subject, us())
         return {"node": place or "/", "right": right, "subject": subject}
 
     def revoke(self, right: str, node: str, subject: str) -> dict[str, Any]:
         """Take a rule back."""
         place = node_of(node)
-        self._write(_about(place, "revoke", right, subject), rules.revoke, place, right, subject)
+        self.do(audited, _about(place, "revoke", right, subject), rules.revoke, place, right, subject)
         return {"node": place or "/", "right": right, "subject": subject}
 
     def rules(self, node: str | None) -> list[dict[str, Any]]:
@@ -94,13 +91,12 @@ class Ledger:
         """Make a personal token of an account."""
         if owner is None:
             raise AccountsError("say whose it is: --user NAME")
-        token = new_token()
-        bound = json.dumps([_reach(text) for text in scope])
-        ends_at = now() + days * _DAY if days else None
-        kept = (owner, name, secret_hash(token), bound, ends_at)
-        detail = f"{name}, for {' '.join(scope) or 'all that is held'}, until {rfc3339(ends_at) or 'it is revoked'}"
-        token_id = self.change("token.create", owner, detail, access_tokens.add_personal, *kept)
-        return {"id": token_id, "owner": owner, "name": name, "token": token, "ends_at": rfc3339(ends_at)}
+        try:
+            made = NewToken.of(owner, name, scope, days)
+        except InvalidName as error:
+            raise AccountsError(str(error)) from None
+        kept = (made.owner, made.name, made.secret, made.bound, made.ends_at)
+        return made.described(self.change("token.create", owner, made.detail(), access_tokens.add_personal, *kept))
 
     def tokens(self, owner: str | None) -> list[dict[str, Any]]:
         """Return the personal tokens of an account, or of all."""
@@ -110,10 +106,6 @@ class Ledger:
         """Let a token be good for nothing."""
         owner, token = self.change("token.revoke", str(token_id), "", access_tokens.revoke, token_id)
         return {"id": token_id, "owner": owner, "name": token.name}
-
-    def _write(self, event: Event, unit: Unit[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        result: T = asyncio.run(self._run(lambda database: database.write(audited, event, unit, *args, **kwargs)))
-        return result
 
     def _bring_up_to_date(self) -> None:
         """Bring the database to this version, as a server does; not under one that runs, which may be older."""
@@ -154,10 +146,3 @@ def node_of(text: str) -> str:
 
 def _about(node: str, action: str, right: str, subject: str) -> Event:
     return Event(us(), HOW, "", action, repository=node, target=node or "/", detail=f"{right} to {subject}")
-
-
-def _reach(text: str) -> tuple[str, str]:
-    try:
-        return reach(text)
-    except InvalidName as error:
-        raise AccountsError(str(error)) from None

@@ -18,12 +18,11 @@ import structlog
 from registry.metadata import access_tokens, audit, blobs, leftovers, sessions
 from registry.metadata.engine import Database
 from registry.metadata.leftovers import Leftover
-from registry.metadata.tables import now
+from registry.metadata.tables import DAY, now
 from storage.base import Store, StoredObject
 from storage.errors import StorageError
 
 _CHUNK: Final = 500
-_DAY: Final = 86400 * 1_000_000
 
 log = structlog.get_logger()
 
@@ -96,7 +95,7 @@ class Sweeper:
         """Delete the audit of long ago, and refresh tokens that nobody can use any more."""
         await self._database.write(access_tokens.forget_ended, access_tokens.REFRESH)
         if self._audit_days:
-            before = now() - self._audit_days * _DAY
+            before = now() - self._audit_days * DAY
             while not self._stopping.is_set() and (await self._database.write(audit.forget, before)) > 0:
                 pass
 

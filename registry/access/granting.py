@@ -6,7 +6,6 @@ password: no token begets another one, which would outlive it.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Awaitable, Callable
 from typing import Final
@@ -15,20 +14,18 @@ from aiohttp import hdrs, web
 
 from registry.access.audit import Auditor
 from registry.access.gate import Gate
-from registry.access.rights import OPEN, Identity, Right, nodes_above, parse_node, reach
+from registry.access.personal import NewToken
+from registry.access.rights import OPEN, Identity, Right, nodes_above, parse_node
 from registry.errors import BadRequest, Conflict, Denied
 from registry.metadata import access_tokens, rules
-from registry.metadata.access_tokens import new_token, secret_hash
-from registry.metadata.audit import Event, audited
+from registry.metadata.access_tokens import NAME_LIMIT
+from registry.metadata.audit import audited
 from registry.metadata.engine import Database
-from registry.metadata.tables import now, rfc3339
 from registry.responses import json_response
 
 _Handler = Callable[[web.Request, Identity], Awaitable[web.StreamResponse]]
-_DAY: Final = 86400 * 1_000_000
 _DAYS_LIMIT: Final = 36_500
 _DEFAULT_DAYS: Final = "90"
-_NAME_LIMIT: Final = 100
 #: What steers a terminal or ends a line, and what PostgreSQL does not take.
 _CONTROL: Final = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
@@ -77,21 +74,11 @@ class Granting:
 
     async def grant(self, request: web.Request, identity: Identity) -> web.StreamResponse:
         """PUT `rules`: give `right` on `node` to `subject`."""
-        node = self._node(request, identity)
-        right, subject = _right(request), _parameter(request, "subject")
-        event = self._event(request, identity, "grant", node, f"{right} to {subject}")
-        await self._database.write(audited, event, rules.grant, node, right, subject, identity.name)
-        self._auditor.tell(event)
-        return json_response({"node": node or "/", "right": right, "subject": subject})
+        return await self._change(request, identity, "grant", rules.grant, identity.name)
 
     async def revoke(self, request: web.Request, identity: Identity) -> web.StreamResponse:
         """DELETE `rules`: take the rule back that gives `right` on `node` to `subject`."""
-        node = self._node(request, identity)
-        right, subject = _right(request), _parameter(request, "subject")
-        event = self._event(request, identity, "revoke", node, f"{right} to {subject}")
-        await self._database.write(audited, event, rules.revoke, node, right, subject)
-        self._auditor.tell(event)
-        return json_response({"node": node or "/", "right": right, "subject": subject})
+        return await self._change(request, identity, "revoke", rules.revoke)
 
     async def holders(self, request: web.Request, identity: Identity) -> web.StreamResponse:
         """GET `holders`: who has `right` on `node`, and by which rule."""
@@ -108,31 +95,26 @@ class Granting:
     async def create_token(self, request: web.Request, identity: Identity) -> web.StreamResponse:
         """POST `tokens`: make one called `name`, for `days`, as far as each `scope` reaches. It is shown this once."""
         owner, name = self._owner(request, identity), _parameter(request, "name")
-        if len(name) > _NAME_LIMIT:
-            raise BadRequest(f"name: expected up to {_NAME_LIMIT} characters")
-        scope = [reach(text) for text in request.query.getall("scope", [])]
+        if len(name) > NAME_LIMIT:
+            raise BadRequest(f"name: expected up to {NAME_LIMIT} characters")
         days = _number(request, "days", _DEFAULT_DAYS)
         if days > _DAYS_LIMIT:
             raise BadRequest(f"days: expected 0, for one that never ends, to {_DAYS_LIMIT}")
-        ends_at = now() + days * _DAY if days else None
-        token = new_token()
-        reaches = " ".join(request.query.getall("scope", [])) or "all that is held"
-        detail = f"{name}, for {reaches}, until {rfc3339(ends_at) or 'it is revoked'}"
-        event = self._auditor.event(request, identity, "token.create", target=owner, detail=detail)
-        added = await self._database.write(
+        made = NewToken.of(owner, name, request.query.getall("scope", []), days)
+        event = self._auditor.event(request, identity, "token.create", target=owner, detail=made.detail())
+        token_id = await self._database.write(
             audited,
             event,
             access_tokens.add_personal,
-            owner,
-            name,
-            secret_hash(token),
-            json.dumps(scope),
-            ends_at,
+            made.owner,
+            made.name,
+            made.secret,
+            made.bound,
+            made.ends_at,
             identity.changed_at,
         )
         self._auditor.tell(event)
-        answer = {"id": added, "owner": owner, "name": name, "token": token, "ends_at": rfc3339(ends_at)}
-        return json_response(answer, status=201, headers={hdrs.CACHE_CONTROL: "no-store"})
+        return json_response(made.described(token_id), status=201, headers={hdrs.CACHE_CONTROL: "no-store"})
 
     async def revoke_token(self, request: web.Request, identity: Identity) -> web.StreamResponse:
         """DELETE `tokens`: let the one with this `id` be good for nothing."""
@@ -155,8 +137,17 @@ class Granting:
             raise Denied(detail)
         return identity.name
 
-    def _event(self, request: web.Request, identity: Identity, action: str, node: str, detail: str) -> Event | None:
-        return self._auditor.event(request, identity, action, repository=node, target=node or "/", detail=detail)
+    async def _change(
+        self, request: web.Request, identity: Identity, action: str, unit: Callable[..., object], *more: str
+    ) -> web.StreamResponse:
+        """Run a unit on the rule that a request names, and say which that is."""
+        node = self._node(request, identity)
+        right, subject = _right(request), _parameter(request, "subject")
+        detail = f"{right} to {subject}"
+        event = self._auditor.event(request, identity, action, repository=node, target=node or "/", detail=detail)
+        await self._database.write(audited, event, unit, node, right, subject, *more)
+        self._auditor.tell(event)
+        return json_response({"node": node or "/", "right": right, "subject": subject})
 
 
 def _parameter(request: web.Request, name: str) -> str:

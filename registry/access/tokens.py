@@ -31,7 +31,7 @@ from registry.logs import printable
 from registry.metadata import access_tokens
 from registry.metadata.audit import audited
 from registry.metadata.engine import Database
-from registry.metadata.tables import now, rfc3339
+from registry.metadata.tables import DAY, now, rfc3339
 from registry.responses import json_response
 from registry.transfer import Receiver, read_limited
 
@@ -39,7 +39,6 @@ _BODY_LIMIT: Final = 64 << 10
 _FIELDS_LIMIT: Final = 1000
 #: Whoever sends one need not say who he is, so it is not waited for as long as for a body with something to keep.
 _FORM_SECONDS: Final = 20.0
-_DAY: Final = 86400 * 1_000_000
 _EXCHANGE: Final = "urn:ietf:params:oauth:grant-type:token-exchange"
 #: [RFC 8693, 3] What is given for it.
 _GIVEN: Final = "urn:ietf:params:oauth:token-type:access_token"
@@ -145,7 +144,7 @@ class Tokens:
             identity.changed_at,
             name[:100],
             access_tokens.secret_hash(token),
-            now() + self._settings.refresh_days * _DAY,
+            now() + self._settings.refresh_days * DAY,
         )
         self._auditor.tell(event)
         return token

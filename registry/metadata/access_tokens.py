@@ -26,7 +26,7 @@ REFRESH: Final = "refresh"
 PREFIX: Final = "hythe_"
 #: Personal tokens that one account may have.
 _PERSONAL_LIMIT: Final = 200
-_NAME_LIMIT: Final = 100
+NAME_LIMIT: Final = 100
 #: Microseconds between two notes of when a token was used.
 _USE_NOTED: Final = 60_000_000
 
@@ -114,8 +114,8 @@ def add_personal(
 
     Raises `AccountsError`.
     """
-    if not 0 < len(name) <= _NAME_LIMIT or not name.isprintable():
-        raise AccountsError(f"the name of a token has up to {_NAME_LIMIT} characters, all of them printable")
+    if not 0 < len(name) <= NAME_LIMIT or not name.isprintable():
+        raise AccountsError(f"the name of a token has up to {NAME_LIMIT} characters, all of them printable")
     account_id = accounts.demand(connection, owner).id
     if changed_at is not None:
         accounts.demand_unchanged(connection, account_id, changed_at)

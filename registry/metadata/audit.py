@@ -68,6 +68,7 @@ def audited(
     connection: Connection,
     event: Event | None,
     unit: Callable[Concatenate[Connection, P], T],
+    /,
     *args: P.args,
     **kwargs: P.kwargs,
 ) -> T:

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import time
 from datetime import UTC, datetime
+from typing import Final
 
 from sqlalchemy import (
     BigInteger,
@@ -47,6 +48,10 @@ _Id = BigInteger().with_variant(Integer, "sqlite")
 def _name(length: int) -> TypeEngine[str]:
     """Return a text that is sorted byte by byte, as SQLite sorts all."""
     return String(length).with_variant(String(length, collation="C"), "postgresql")
+
+
+#: Microseconds in it.
+DAY: Final = 86400 * 1_000_000
 
 
 def now() -> int:
